@@ -1,0 +1,77 @@
+"""Every knob, with its unit, its default and what turning it costs.
+
+Frozen structs: a setting is chosen once and travels unchanged to each worker.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+KIB = 1024
+MIB = 1024 * KIB
+
+DEFAULT_QUEUE_BYTES = 4 * MIB
+"""Ring of a stand-alone MemQ, in bytes. Larger rides out longer pauses of the consumer and leaves the cache sooner."""
+
+DEFAULT_EDGE_BYTES = 32 * MIB
+"""Ring of one edge of a pipe, in bytes: five 1080p RGB frames. Shared memory is taken at start, not on use."""
+
+
+class RestartPolicy(msgspec.Struct, frozen=True):
+    """When a worker that died is replaced, and when the pipe gives up.
+
+    A restart waits ``min(backoff_max, backoff * 2 ** (n - 1))`` seconds, n being the deaths inside the window;
+    the first one is immediate.
+    """
+
+    limit: int = 20
+    """Deaths of one processor's workers inside the window before the pipe fails; 0 means no limit."""
+    window: float = 60.0
+    """Seconds over which deaths are counted."""
+    backoff: float = 0.05
+    """Seconds before the second restart inside the window; doubles each time."""
+    backoff_max: float = 5.0
+    """Longest wait in seconds between a death and its restart."""
+
+
+class AutoscalePolicy(msgspec.Struct, frozen=True):
+    """How the number of workers follows the load (both ways, with hysteresis)."""
+
+    up_depth: float = 0.5
+    """Share of the input ring in use (0..1) above which a worker is added."""
+    up_age: float = 0.25
+    """Age in seconds of the oldest waiting frame above which a worker is added."""
+    down_idle: float = 2.0
+    """Seconds with the input nearly empty before one worker is drained."""
+    interval: float = 0.2
+    """Seconds between two decisions while the pipe runs: shorter reacts faster, and flaps sooner."""
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """Knobs of one pipe. ``Pipe(name, settings=Settings(...))``."""
+
+    edge_bytes: int = DEFAULT_EDGE_BYTES
+    """Default ring size of an edge, bytes."""
+    emit_wait: float = 0.1
+    """Seconds that emit() waits for room before it returns False. Short: the caller decides what to do next."""
+    max_deliveries: int = 5
+    """Deliveries of one frame before it goes to the dead letters."""
+    dead_letter_bytes: int = 256 * MIB
+    """Bytes of dead letters kept; the pipe fails rather than lose one beyond it."""
+    restart: RestartPolicy = RestartPolicy()
+    autoscale: AutoscalePolicy = AutoscalePolicy()
+    stopped_grace: float = 1.0
+    """Seconds a worker may be stopped (SIGSTOP) before it is killed and replaced."""
+    stop_deadline: float = 3.0
+    """Seconds for workers to end on stop() before they are killed."""
+    drain_deadline: float = 30.0
+    """Default seconds for terminate() to drain."""
+    start_deadline: float = 30.0
+    """Seconds for all workers to report ready after start()."""
+    start_method: str = "auto"
+    """Fork server start: "fork" (from this process, milliseconds), "exec" (clean interpreter), or "auto":
+    fork when this process has a single Python thread, exec otherwise."""
+    allow_pickle: bool = True
+    """False refuses pickled frames everywhere in the pipe."""
+    sink_bytes: int = 8 * MIB
+    """Ring for what end processors emit, bytes; grown to the largest edge."""
