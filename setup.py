@@ -1,0 +1,39 @@
+"""The one native extension; everything else is declared in pyproject.toml.
+
+Setuptools runs Cython on a ``.pyx`` source at build time (the compiler directives stand at the top of that file).
+"""
+
+import glob
+import platform
+import sys
+
+import numpy
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+MEMQ = "upipe/memq"
+
+
+class BuildRing(build_ext):
+    """Says why on a machine that uPipe cannot run on, before the compiler does in a hundred lines."""
+
+    def run(self):
+        machine = platform.machine()
+        if not sys.platform.startswith("linux") or machine not in {"x86_64", "aarch64"} or sys.maxsize < 2**32:
+            sys.exit(f"uPipe runs on 64-bit Linux, x86-64 or aarch64; this is {sys.platform}, {machine}.")
+        super().run()
+
+
+ring = Extension(
+    "upipe.memq._ring",
+    sources=[f"{MEMQ}/_ring.pyx"],
+    depends=sorted(glob.glob(f"{MEMQ}/*.[hp]*")),
+    include_dirs=[MEMQ, numpy.get_include()],
+    define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
+    # No -march: a wheel runs on every machine of its architecture, and _crc.h asks the CPU at run time.
+    # Strict C11, since the core is also compiled without Python. -g1 keeps line numbers in a core dump.
+    extra_compile_args=["-O3", "-std=c11", "-Werror=implicit", "-g1", "-fno-plt", "-fvisibility=hidden", "-pthread"],
+    extra_link_args=["-pthread"],
+)
+
+setup(ext_modules=[ring], cmdclass={"build_ext": BuildRing})

@@ -1,0 +1,591 @@
+/* The ring of uPipe (upipe/memq/_ring.h): claim, commit, take, finish, crash, recovery, waiting, end of stream.
+ *
+ * README.md: what is proved, within which bounds, what is left out, how to run. test_ring_model.py: every
+ * configuration, and every variant that breaks one rule (NO_..., BAD_..., RECLAIM_...) and therefore must fail.
+ *
+ * Form: guarded commands. Each `atomic` is one step: one access to shared memory that another process can see, and
+ * whatever with it is local, ghost, or invisible to others (behind head, or in the copy of the counters that is not
+ * valid). A process can be killed before each step. The fences of the C code are the order of the steps.
+ */
+
+#ifndef NP
+#define NP 1                    /* producers: participants 0 .. NP-1 */
+#endif
+#ifndef NC
+#define NC 1                    /* consumers: participants NP .. N-1 */
+#endif
+#ifndef NF
+#define NF 2                    /* frames that each producer puts */
+#endif
+#ifndef CAP
+#define CAP 3                   /* granules in the ring */
+#endif
+#ifndef LEN
+#define LEN(k) 1                /* granules of the k-th frame of a producer */
+#endif
+#ifndef CRASHES
+#define CRASHES 0               /* at most so many kill -9; every smaller number is explored too */
+#endif
+#ifndef REAPERS
+#define REAPERS 1               /* processes that recover the dead */
+#endif
+
+#define N (NP + NC)
+
+/* ---- shared memory ------------------------------------------------------------------------------------- */
+
+/* The state word {kind, owner, len} of the granule where a frame begins; always stored at once. */
+#define CLAIMED   1
+#define COMMITTED 2
+#define TAKEN     3
+#define AVAILABLE 4
+#define FINISHED  5             /* DROPPED and DEAD are the same to everything below; not modelled apart */
+#define ABORTED   6
+byte kind[CAP], owner[CAP], size[CAP];
+
+byte head, next, tail;          /* positions in granules, monotonic */
+bit head_copy, tail_copy;       /* low bits of the head word and the tail word: which copy of the counters is valid */
+byte claims[2], finishes[2], aborts[2];
+byte redeliver;                 /* how many frames in [tail, next) are AVAILABLE; under C */
+byte deliveries[CAP];           /* the delivery count in the header */
+bool closed[NP];                /* under P */
+
+#define FREE 0
+#define ORPHAN 255              /* the holder died: the next locker gets EOWNERDEAD */
+byte P, C, R;                   /* robust mutexes of the producer end, the consumer end, recovery: holder + 1 */
+
+bool waiting[N];                /* a waiter's flag, cleared by exactly one waker, or by the waiter */
+bool bell[N];                   /* its doorbell holds a token */
+bool dead[N];                   /* proven dead and not yet recovered: the participant slot is not free */
+
+/* ---- ghosts, for the properties only ---------------------------------------------------------------------- */
+
+#define FRAME(p, k) ((p) * NF + (k))
+byte data[CAP];                 /* the frame whose bytes are in this granule, + 1; 0 = torn, or nobody cares */
+byte user[CAP];                 /* the live process that may read or write these bytes now, + 1 */
+bool committed[NP * NF], finished[NP * NF];
+byte delivered[NP * NF];        /* times the frame was handed to a user */
+byte deaths[NP * NF];           /* times a process died that held the frame */
+byte budget;                    /* kills left */
+byte corpses;                   /* dead and not recovered */
+byte done;                      /* participants that ended */
+#if defined(RECLAIM_WRITER) || defined(RECLAIM_READER)
+#define RECLAIM_ON_TIMEOUT
+bool timed_out;
+#endif
+
+/* ---- words ------------------------------------------------------------------------------------------------- */
+
+#define SLOT(position) ((position) % CAP)
+#define AT_NEXT(k) (next < head && kind[SLOT(next)] == k)
+#define AT(position, k, who) (kind[SLOT(position)] == k && owner[SLOT(position)] == who)
+#define OVER(position) (kind[SLOT(position)] == FINISHED || kind[SLOT(position)] == ABORTED)
+#if NP == 1
+#define ALL_CLOSED (closed[0])
+#elif NP == 2
+#define ALL_CLOSED (closed[0] && closed[1])
+#endif
+#define DRAINED (ALL_CLOSED && tail == head)
+#define TAKEABLE (redeliver > 0 || AT_NEXT(COMMITTED) || AT_NEXT(ABORTED))
+#if NF == 1
+#define ALL_FINISHED(p) (finished[FRAME(p, 0)])
+#elif NF == 2
+#define ALL_FINISHED(p) (finished[FRAME(p, 0)] && finished[FRAME(p, 1)])
+#elif NF == 3
+#define ALL_FINISHED(p) (finished[FRAME(p, 0)] && finished[FRAME(p, 1)] && finished[FRAME(p, 2)])
+#endif
+
+#if CRASHES > 0
+#define KILL atomic { budget > 0 -> budget--; goto died }
+#else
+#define KILL atomic { false -> goto died }
+#endif
+#define STEP(...) if :: atomic { __VA_ARGS__ } :: KILL fi
+#define HELD(m) (m == me + 1)
+#define ORPHANED(m) if :: HELD(m) -> m = ORPHAN :: else fi
+
+/* Mark the bytes of the frame at slot s as used, or no more used, by me. */
+inline use(s, n) {
+    g = 0;
+    do
+    :: g < n -> assert(user[s + g] == 0); user[s + g] = me + 1; g++
+    :: else -> break
+    od;
+    g = 0
+}
+
+inline unuse(s, n, what) {
+    g = 0;
+    do
+    :: g < n -> data[s + g] = what; user[s + g] = 0; g++
+    :: else -> break
+    od;
+    g = 0
+}
+
+/* Exchange the flag with 0, and ring where it was set. A waker killed in between leaves a sleeper with its flag
+ * down, so recovery cannot go by the flags. */
+inline wake_one(low, high) {
+    do
+    :: atomic { hit -> bell[low + j] = true; hit = false; j = 0; break }
+    :: atomic { !hit && waiting[low + j] -> waiting[low + j] = false; hit = true }
+    :: atomic { !hit && !waiting[low + j] -> j++; if :: low + j == high -> j = 0; break :: else fi }
+    :: KILL
+    od
+}
+
+inline wake_all(low, high) {
+    do
+    :: atomic { hit -> bell[low + j] = true; hit = false; j++; if :: low + j == high -> j = 0; break :: else fi }
+    :: atomic { !hit && waiting[low + j] -> waiting[low + j] = false; hit = true }
+    :: atomic { !hit && !waiting[low + j] -> j++; if :: low + j == high -> j = 0; break :: else fi }
+    :: KILL
+    od
+}
+
+/* Under C, where [tail, next) stands still: the new tail into t, if it moves, and its counters into the copy that
+ * is not valid yet. Then one store of the tail word makes both valid. */
+inline prepare_tail() {
+    t = tail;
+    finishes[1 - tail_copy] = finishes[tail_copy];
+    aborts[1 - tail_copy] = aborts[tail_copy];
+    do
+    :: t < next && kind[SLOT(t)] == FINISHED -> finishes[1 - tail_copy]++; t = t + size[SLOT(t)]
+    :: t < next && kind[SLOT(t)] == ABORTED -> aborts[1 - tail_copy]++; t = t + size[SLOT(t)]
+    :: !(t < next && OVER(t)) -> break
+    od;
+    if :: t == tail -> t = 0 :: else fi
+}
+
+inline store_tail() { tail = t; tail_copy = 1 - tail_copy; t = 0; moved = true }
+
+/* The holder of C died. TAKEN at next is a take that did not get to advance next; but only with next < head:
+ * in a full ring that is wholly taken, the slot of next is the slot of tail, and belongs to a live reader. */
+inline repair_next() {
+#ifdef NO_HEAD_CHECK
+    if :: kind[SLOT(next)] == TAKEN -> kind[SLOT(next)] = COMMITTED; owner[SLOT(next)] = 0 :: else fi
+#elif !defined(NO_REPAIR_NEXT)
+    if :: AT_NEXT(TAKEN) -> kind[SLOT(next)] = COMMITTED; owner[SLOT(next)] = 0 :: else fi
+#else
+    skip
+#endif
+}
+
+inline repair_counts() {
+#ifndef NO_RECOUNT
+    redeliver = 0;
+    t = tail;
+    do
+    :: t < next -> if :: kind[SLOT(t)] == AVAILABLE -> redeliver++ :: else fi; t = t + size[SLOT(t)]
+    :: else -> break
+    od;
+    t = 0;
+#endif
+#ifndef NO_REPAIR_WALK
+    prepare_tail()                                      /* the dead one may have finished a frame and no more */
+#endif
+}
+
+/* ---- the producer ------------------------------------------------------------------------------------------ */
+
+proctype Producer(byte me) {
+    byte k, at, pad, j, g;
+    bool armed, hit;
+
+    do
+    :: k < NF ->
+again:
+        /* Lock P (after EOWNERDEAD there is nothing to repair), read tail, and with too little room unlock. With room
+         * write what lies behind head, where nobody looks: padding up to the end of the ring, the state word, and the
+         * counters that are not valid yet. */
+        if
+        :: atomic { P == FREE || P == ORPHAN ->
+            pad = (SLOT(head) + LEN(k) > CAP -> CAP - SLOT(head) : 0);
+            if
+            :: head + pad + LEN(k) - tail > CAP -> P = FREE; pad = 0; goto no_room
+            :: else
+            fi;
+            P = me + 1;
+            if
+            :: pad > 0 -> kind[SLOT(head)] = ABORTED; owner[SLOT(head)] = 0; size[SLOT(head)] = pad
+            :: else
+            fi;
+            at = SLOT(head + pad);
+            kind[at] = CLAIMED; owner[at] = me; size[at] = LEN(k); deliveries[at] = 1;
+            claims[1 - head_copy] = claims[head_copy] + 1 + (pad > 0) }
+        :: KILL
+        fi;
+        STEP( head = head + pad + LEN(k); head_copy = 1 - head_copy; pad = 0; P = FREE;
+              if :: armed -> waiting[me] = false; armed = false :: else fi;
+              use(at, LEN(k)) );
+#ifdef BAD_WAKE_FIRST
+        wake_one(NP, N);                                        /* what a missing fence in the waker allows */
+#endif
+        STEP(
+#ifndef RECLAIM_ON_TIMEOUT
+              assert(AT(at, CLAIMED, me));
+#endif
+              unuse(at, LEN(k), FRAME(me, k) + 1);
+              kind[at] = COMMITTED; owner[at] = 0; committed[FRAME(me, k)] = true; at = 0 );
+#ifndef BAD_WAKE_FIRST
+        wake_one(NP, N);                                        /* full fence, then read the flags */
+#endif
+        k++;
+        goto next_frame;
+no_room:
+        if
+        :: atomic { !armed -> waiting[me] = true; armed = true }        /* full fence, then look again */
+        :: atomic { armed && bell[me] -> bell[me] = false; armed = false }
+        :: KILL
+        fi;
+        goto again;
+next_frame:
+    :: else -> break
+    od;
+#ifdef PATIENT                                          /* closes late: the wake-up of the end hides no lost one */
+    STEP( ALL_FINISHED(me) );
+#endif
+    STEP( P == FREE || P == ORPHAN -> P = me + 1 );
+    STEP( closed[me] = true; P = FREE );
+    if
+    :: atomic { ALL_CLOSED }
+        wake_all(NP, N)
+    :: atomic { !ALL_CLOSED }
+    :: KILL
+    fi;
+    atomic { k = 0; done++; goto ended };
+
+died:
+    atomic {
+        ORPHANED(P);
+        do
+        :: g < CAP -> if :: user[g] == me + 1 -> user[g] = 0 :: else fi; g++
+        :: else -> break
+        od;
+        k = 0; at = 0; pad = 0; j = 0; g = 0; armed = false; hit = false;
+        dead[me] = true; corpses++
+    };
+ended:
+}
+
+/* ---- the consumer ------------------------------------------------------------------------------------------ */
+
+#ifdef LEAVE                                            /* the first consumer may give up, or be drained, at any get */
+#define MAY_LEAVE (me == NP)
+#else
+#define MAY_LEAVE false
+#endif
+
+#define CALM (fix == 0 && t == 0 && mine == 0)           /* repaired, walked, own frame finished */
+#define LOOKS (CALM && !leaving)
+#define PAST (LOOKS && !AT_NEXT(ABORTED) && !skipped)
+
+proctype Consumer(byte me) {
+    byte mine, s, t, j, g;                              /* mine: the slot of the frame that it holds, + 1 */
+    bool moved, skipped, armed, hit, end, more, leaving, woken;
+    byte fix;
+
+alive:
+look:
+    if
+    :: atomic { C == FREE -> C = me + 1 }
+    :: atomic { C == ORPHAN -> C = me + 1; fix = 1 }
+    :: atomic { MAY_LEAVE && !leaving -> leaving = true; goto look }
+    :: KILL
+    fi;
+    do                                              /* C is held */
+    :: atomic { fix == 1 -> repair_next(); fix = 2 }
+    :: atomic { fix == 2 -> repair_counts(); fix = 0 }
+    :: atomic { fix == 0 && t > 0 -> store_tail() }
+    :: atomic { fix == 0 && t == 0 && mine > 0 ->
+        s = mine - 1;
+#ifndef RECLAIM_ON_TIMEOUT
+        assert(AT(s, TAKEN, me) && user[s] == me + 1);
+#endif
+        finished[data[s] - 1] = true;
+        unuse(s, size[s], 0);
+        kind[s] = FINISHED; owner[s] = 0; deliveries[s] = 0; s = 0; mine = 0;
+        prepare_tail() }
+    :: atomic { CALM && leaving -> C = FREE; break }
+    :: atomic { LOOKS && AT_NEXT(ABORTED) ->
+        next = next + size[SLOT(next)];
+        skipped = true }
+    :: atomic { LOOKS && !AT_NEXT(ABORTED) && skipped ->
+        skipped = false;
+#ifndef NO_WALK_AFTER_SKIP
+        prepare_tail()                              /* nobody else will: a skipped frame is never finished */
+#endif
+        }
+    :: atomic { PAST && redeliver > 0 ->
+        do :: kind[s] == AVAILABLE -> break :: else -> s++ od;
+        kind[s] = TAKEN; owner[s] = me }
+        STEP( redeliver-- );
+        goto take
+    :: atomic { PAST && redeliver == 0 && AT_NEXT(COMMITTED) ->
+        s = SLOT(next); kind[s] = TAKEN; owner[s] = me }
+        STEP( next = next + size[s] );
+        goto take
+    :: atomic { PAST && redeliver == 0 && !AT_NEXT(COMMITTED) ->
+#ifdef BAD_END_ORDER
+        end = (tail == head) }
+        STEP( end = end && ALL_CLOSED; C = FREE )
+#else
+        end = DRAINED;                              /* closed first, then head, which stands still by then */
+        C = FREE }
+#endif
+        break
+    :: KILL
+    od;
+    goto unlocked;
+
+take:   /* C is held. One flag may have been cleared for a frame that is not the one taken: so first take the own
+     * flag down, and then look whether more is there for somebody else. */
+#ifdef BAD_CHAIN_ORDER
+    STEP( more = TAKEABLE );
+#endif
+    STEP( if :: armed -> waiting[me] = false; armed = false :: else fi );
+    STEP(
+#if !defined(BAD_CHAIN_ORDER) && !defined(NO_CHAIN)
+          more = TAKEABLE;
+#endif
+          C = FREE;
+          assert(data[s] > 0);
+          use(s, size[s]);
+          delivered[data[s] - 1]++;
+          assert(delivered[data[s] - 1] <= 1 + deaths[data[s] - 1]);
+          assert(delivered[data[s] - 1] <= deliveries[s]);
+          mine = s + 1; s = 0; woken = false );
+
+unlocked:
+    if
+    :: moved ->
+        moved = false;
+#ifdef BAD_WAKE_ONE_PRODUCER
+        wake_one(0, NP);
+#else
+        wake_all(0, NP);                            /* full fence, then read the flags */
+#endif
+        if
+        :: atomic { DRAINED }
+            wake_all(NP, N)
+        :: atomic { !DRAINED }
+        :: KILL
+        fi
+    :: else
+    fi;
+    if
+    :: more -> more = false; wake_one(NP, N)
+    :: else
+    fi;
+    if
+    :: mine > 0 ->
+#ifdef STALL                                            /* the first consumer's code waits for what becomes of the rest */
+        if
+        :: atomic { me != NP || finished[0] + finished[1] + finished[2] == 2 }
+        :: KILL
+        fi
+#endif
+    :: end ->
+        atomic {
+            assert(ALL_CLOSED);
+            do
+            :: g < NP * NF -> assert(!committed[g] || finished[g]); g++
+            :: else -> break
+            od;
+            g = 0; end = false; armed = false; woken = false; done++;
+            goto ended
+        }
+    :: leaving ->
+#ifdef BAD_LEAVE                                        /* passes the wake on only if woken and nothing taken since */
+        STEP( woken = woken || (armed && !waiting[me]); waiting[me] = false; armed = false );
+        if
+        :: woken -> woken = false; wake_one(NP, N)
+        :: else
+        fi;
+#else
+        STEP( waiting[me] = false; armed = false; woken = false );
+        wake_one(NP, N);
+#endif
+        atomic { leaving = false; done++; goto ended }
+    :: else ->
+        if
+#ifdef BAD_RECHECK                                      /* sets its flag, and sleeps without a second look */
+        :: atomic { !armed -> waiting[me] = true; armed = true }
+            STEP( bell[me] -> bell[me] = false; armed = false )
+#else
+        :: atomic { !armed -> waiting[me] = true; armed = true }    /* full fence, then look again */
+#endif
+        :: atomic { armed && bell[me] -> bell[me] = false; armed = false; woken = true }
+        :: atomic { armed && MAY_LEAVE -> leaving = true }
+        :: KILL
+        fi
+    fi;
+    goto look;
+
+died:
+    atomic {
+        ORPHANED(C);
+        do
+        :: g < CAP ->
+            if :: user[g] == me + 1 -> user[g] = 0 :: else fi;
+            if :: kind[g] == TAKEN && owner[g] == me -> deaths[data[g] - 1]++ :: else fi;
+            g++
+        :: else -> break
+        od;
+        mine = 0; s = 0; t = 0; j = 0; g = 0; fix = 0;
+        moved = false; skipped = false; armed = false; hit = false; end = false; more = false;
+        leaving = false; woken = false;
+        dead[me] = true; corpses++
+    };
+    atomic { !dead[me] -> goto alive };                 /* a new life in the same participant slot */
+ended:
+}
+
+/* ---- recovery ------------------------------------------------------------------------------------------------ */
+
+#undef KILL
+#ifdef REAPER_DIES
+#define KILL atomic { budget > 0 -> budget--; goto died }
+#else
+#define KILL atomic { false -> goto died }
+#endif
+#define FREE_SLOT STEP( if :: dead[d] -> dead[d] = false; corpses--; done = done + (d < NP) :: else fi )
+
+proctype Reaper(byte me) {
+    byte d, t, j, fix;
+    bool moved, mistaken, found;
+
+alive:
+    do
+    :: atomic { corpses > 0 -> do :: dead[d] -> break :: else -> d++ od }
+#if REAPERS > 1 && !defined(NO_RECOVERY_LOCK)
+        STEP( R == FREE || R == ORPHAN -> R = me + 1 );
+#endif
+#if REAPERS > 1
+        if                                              /* another one was faster: the slot may have a new life */
+        :: atomic { dead[d] }
+        :: atomic { !dead[d] -> goto recovered }
+        :: KILL
+        fi;
+#endif
+reclaim:
+        if
+        :: d < NP ->
+            STEP( P == FREE || P == ORPHAN -> P = me + 1 );
+            STEP( t = tail );                           /* may lag; from here to head all stands still under P */
+            do
+            :: STEP( do
+                     :: t < head && !AT(t, CLAIMED, d) -> t = t + size[SLOT(t)]
+                     :: else -> break
+                     od;
+                     if
+                     :: t < head -> kind[SLOT(t)] = ABORTED; owner[SLOT(t)] = 0; found = true
+                     :: else -> t = 0; break
+                     fi )
+            od;
+            STEP( if :: !mistaken -> closed[d] = true :: else fi; P = FREE )
+        :: else ->
+            if
+            :: atomic { C == FREE -> C = me + 1 }
+            :: atomic { C == ORPHAN -> C = me + 1; fix = 1 }
+            :: KILL
+            fi;
+            do
+            :: atomic { fix == 1 -> repair_next(); fix = 2 }
+            :: atomic { fix == 2 -> repair_counts(); fix = 0 }
+            :: atomic { fix == 0 && t > 0 -> store_tail() }
+            :: atomic { fix == 0 && t == 0 -> t = tail; break }
+            :: KILL
+            od;
+            do
+            :: STEP( do
+                     :: t < next && !AT(t, TAKEN, d) -> t = t + size[SLOT(t)]
+                     :: else -> break
+                     od;
+                     if
+                     :: t < next ->
+                        found = true;
+#ifndef BAD_COUNT_LAST
+                        deliveries[SLOT(t)]++           /* first: a second delivery never looks like the first one */
+#endif
+                     :: else -> break
+                     fi );
+               STEP( kind[SLOT(t)] = AVAILABLE; owner[SLOT(t)] = 0 );
+#ifdef BAD_COUNT_LAST
+               STEP( deliveries[SLOT(t)]++ );
+#endif
+               STEP( redeliver++ )
+            od;
+            STEP( t = 0; moved = false; C = FREE )
+        fi;
+#ifdef BAD_FREE_EARLY
+        FREE_SLOT;
+#endif
+#ifndef NO_FLAG_DOWN
+        STEP( waiting[d] = false );                     /* or a waker would pick the dead one, and wake nobody */
+#endif
+#ifdef BAD_RING_IF_FOUND
+        if :: !found -> goto rung :: else fi;
+#endif
+        do                                              /* all doorbells, whatever the flags say */
+#ifdef BAD_RING_FLAGGED
+        :: STEP( if :: waiting[j] -> waiting[j] = false; bell[j] = true :: else fi; j++;
+                 if :: j == N -> j = 0; break :: else fi )
+#else
+        :: STEP( bell[j] = true; j++; if :: j == N -> j = 0; break :: else fi )
+#endif
+        od;
+rung:
+#ifndef BAD_FREE_EARLY
+        FREE_SLOT;                                      /* last: what a reaper did not get to do is done again */
+#endif
+recovered:
+        atomic { d = 0; mistaken = false; found = false;
+#if REAPERS > 1 && !defined(NO_RECOVERY_LOCK)
+            R = FREE
+#endif
+        }
+#ifdef RECLAIM_ON_TIMEOUT                               /* slow is taken for dead */
+    :: atomic { !timed_out && done < N -> timed_out = true; mistaken = true;
+#ifdef RECLAIM_READER
+        d = NP;
+#endif
+        goto reclaim }
+#endif
+    :: atomic { done == N -> goto ended }
+    od;
+
+died:
+    atomic {                                            /* it owns no frame: whoever comes next starts over */
+        ORPHANED(P); ORPHANED(C); ORPHANED(R);
+        d = 0; t = 0; j = 0; fix = 0; moved = false; mistaken = false; found = false
+    };
+    goto alive;
+
+ended:
+    atomic {
+        assert(tail == head && next == head && redeliver == 0);
+        assert(claims[head_copy] == finishes[tail_copy] + aborts[tail_copy]);
+        do
+        :: t < NP * NF -> assert(!committed[t] || finished[t]); t++
+        :: else -> break
+        od
+    }
+}
+
+init {
+    atomic {
+#if CRASHES == 1
+        if :: budget = 0 :: budget = 1 fi;
+#elif CRASHES == 2
+        if :: budget = 0 :: budget = 1 :: budget = 2 fi;
+#endif
+        byte i = 0;
+        do
+        :: i < NP -> run Producer(i); i++
+        :: i >= NP && i < N -> run Consumer(i); i++
+        :: i >= N && i < N + REAPERS -> run Reaper(i); i++
+        :: i == N + REAPERS -> break
+        od
+    }
+}

@@ -1,0 +1,165 @@
+# What _ring.pyx uses of the C core; one declaration per name.
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef extern from "_ring.h" nogil:
+    ctypedef struct up_frame:
+        uint32_t crc
+        uint16_t deliveries
+        uint16_t magic
+        uint8_t version
+        uint8_t flags
+        uint16_t dtype
+        uint8_t item
+        uint8_t rank
+        uint16_t producer
+        uint32_t epoch
+        uint32_t key
+        uint64_t size
+        uint64_t position
+        uint64_t execution
+        uint64_t timestamp
+        uint64_t inline_
+
+    ctypedef struct up_books:
+        uint64_t frames
+        uint64_t bytes
+        uint64_t finished
+        uint64_t dropped
+        uint64_t dead
+        uint64_t aborted
+
+    ctypedef struct up_slot:
+        uint32_t pid
+        uint32_t bell_consumer
+        uint64_t start
+        uint64_t pidns
+        uint64_t need_tail
+        uint32_t bell_producer
+        uint32_t producer
+
+    ctypedef struct up_producer:
+        uint32_t state
+        uint32_t epoch
+        uint64_t aborted
+
+    ctypedef struct up_control:
+        uint64_t capacity
+        uint64_t total
+        uint64_t max_frames
+        uint32_t options
+        uint32_t policy
+        uint32_t stream
+        uint32_t joined
+        uint64_t created
+        uint64_t registry_lock[8]
+        uint64_t producer_lock[8]
+        uint64_t head
+        uint64_t cached_tail
+        up_books head_books[2]
+        uint64_t consumer_lock[8]
+        uint64_t next
+        uint64_t cached_head
+        uint64_t redeliver
+        uint64_t redelivered
+        uint64_t corrupt
+        uint64_t taken
+        uint64_t tail
+        up_books tail_books[2]
+        uint64_t consumers_waiting[8]
+        uint64_t producers_waiting[8]
+        uint64_t max_depth
+        uint64_t full_waits
+        uint64_t empty_waits
+
+    ctypedef struct up_ring:
+        up_control *c
+        up_slot *slots
+        up_producer *producers
+        uint8_t *bytes
+        uint64_t capacity
+        uint64_t mask
+        uint32_t slot
+        uint32_t producer
+        uint32_t epoch
+        uint64_t root_hash
+        char root[160]
+
+    ctypedef struct up_meta:
+        uint16_t dtype
+        uint8_t flags
+        uint8_t item
+        uint8_t rank
+        uint32_t key
+        uint64_t size
+        uint64_t inline_
+        uint64_t execution
+        uint64_t timestamp
+
+    enum:
+        UP_OK, UP_FULL, UP_EMPTY, UP_END, UP_TOOBIG, UP_STUCK, UP_NOTYOURS, UP_REFUSED, UP_NOSLOT, UP_ALIVE, UP_SYSTEM
+        UP_FOREIGN, UP_OTHERVERSION, UP_TRUNCATED
+        UP_POLICY_BLOCK, UP_POLICY_DROP_OLDEST, UP_POLICY_LATEST
+        UP_OPT_NO_PICKLE, UP_OPT_NO_CRC, UP_OPT_SUPERVISED
+        UP_FLAG_INLINE, UP_FLAG_REPLY, UP_FLAG_ERROR, UP_FLAG_SHAPE
+        UP_PRODUCER_DECLARED, UP_PRODUCER_OPEN, UP_PRODUCER_CLOSED
+    const uint32_t UP_COMMITTED, UP_TAKEN, UP_AVAILABLE, UP_FINISHED, UP_DEAD
+    const uint32_t UP_NONE, UP_SLOTS, UP_PRODUCERS, UP_GRANULE, UP_VERSION, UP_FRAME_MAGIC
+    const uint64_t UP_MAX_RING
+
+    uint64_t up_need(uint64_t size, uint8_t flags)
+    uint64_t up_capacity_for(uint64_t wanted)
+    uint64_t up_total(uint64_t capacity)
+    uint32_t up_fingerprint()
+    uint64_t up_now_ns(int clock)
+    uint64_t up_span(uint64_t word)
+    uint32_t up_kind(uint64_t word)
+    uint64_t up_bell_hash(const char *text)
+    int up_bell_ring(const char *root, uint64_t root_hash, uint32_t pid, uint64_t start, uint32_t id)
+    void up_bell_forget()
+    void up_bell_child()
+    void up_bell_drain(int fd)
+    int up_create(up_ring *r, int fd, uint64_t capacity, uint32_t policy, uint64_t max_frames, uint32_t options)
+    int up_attach(up_ring *r, int fd, uint32_t *found)
+    void up_unmap(up_ring *r)
+    int up_trylock(up_ring *r, uint64_t *area)
+    int up_lock(up_ring *r, uint64_t *area, double seconds)
+    void up_unlock(uint64_t *area)
+    int up_room(up_ring *r, uint64_t need, uint64_t frames)
+    void up_put_inline(up_ring *r, const up_meta *m)
+    void up_put_inline_at(up_ring *r, const up_meta *m, uint64_t pos)
+    void up_publish(up_ring *r, uint64_t need, uint64_t frames, uint64_t bytes)
+    uint64_t up_claim(up_ring *r, uint64_t need, uint64_t bytes)
+    void up_commit(up_ring *r, uint64_t pos, const up_meta *m, uint32_t payload_crc)
+    void up_abort(up_ring *r, uint64_t pos)
+    void up_count_refused(up_ring *r)
+    void up_drop(up_ring *r, uint64_t need, int all)
+    uint8_t *up_payload(up_ring *r, uint64_t pos)
+    up_frame *up_frame_at(up_ring *r, uint64_t pos)
+    uint64_t *up_state_at(up_ring *r, uint64_t pos)
+    uint64_t up_position(uint64_t word)
+    int up_peek(up_ring *r, uint64_t *pos, uint64_t *span)
+    int up_take(up_ring *r, uint64_t *pos)
+    int up_advance(up_ring *r)
+    int up_consume(up_ring *r, up_frame *out)
+    int up_finish(up_ring *r, uint64_t pos, uint32_t kind)
+    int up_give_back(up_ring *r, uint64_t pos)
+    int up_ended(up_ring *r)
+    void up_wake_consumers(up_ring *r, uint64_t count)
+    void up_wake_producers(up_ring *r)
+    void up_wake_all(up_ring *r)
+    void up_arm(up_ring *r, uint64_t *bits)
+    int up_disarm(up_ring *r, uint64_t *bits)
+    int up_join_locked(up_ring *r)
+    int up_set_producer(up_ring *r, uint32_t id, uint32_t state, uint32_t epoch)
+    int up_use_producer(up_ring *r, uint32_t id, uint32_t epoch)
+    int up_auto_producer(up_ring *r)
+    uint64_t up_emitted(up_ring *r, uint32_t id)
+    int up_recover(up_ring *r, uint32_t slot, uint64_t max_deliveries, uint64_t *dead, size_t room, size_t *found,
+                   const uint64_t *covered, size_t ncovered)
+    void up_books_read(uint64_t *word, up_books *books, uint64_t *pos, up_books *out)
+    uint32_t up_crc32(uint32_t crc, const void *p, size_t n)
+    uint32_t up_crc32_copy(uint32_t crc, void *dst, const void *src, size_t n)
+    uint32_t up_crc32_header(const void *h, uint32_t crc)
+    uint64_t UP_LD(uint64_t *p)
+    uint64_t UP_LDA(uint64_t *p)
+    void UP_PAUSE()

@@ -1,0 +1,204 @@
+"""MemQ: a queue of frames in shared memory, for any number of producer and consumer processes."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import AsyncIterator, Iterator
+from queue import Empty, Full
+from typing import Any, Literal, Self
+
+from upipe.errors import EndOfStream, QueueNotFound
+from upipe.memq import _ring, segment
+from upipe.memq.stats import QueueStats
+from upipe.memq.wakeup import AsyncWait
+from upipe.settings import DEFAULT_QUEUE_BYTES
+
+Policy = Literal["block", "drop_oldest", "latest"]
+POLICIES: dict[str, int] = {"block": 0, "drop_oldest": 1, "latest": 2}
+_NO_PICKLE, _NO_CRC, _SUPERVISED = 1, 2, 4
+
+
+class MemQ(_ring.Ring):
+    """A ring of data frames in shared memory; a faster multiprocessing.Queue.
+
+        q = MemQ(4 * 2**20)           # bytes of ring
+        q.put({"a": 1}); q.get()      # many processes, both ends
+        MemQ.attach(q.name)           # by name, or pass q to a multiprocessing child
+        q.close(); q.unlink()         # this handle and its end of stream; the memory
+
+    Args:
+        size: bytes of ring, headers (64 per frame) included; rounded up to a power of two, 4096 at least. Default 4 MiB.
+        policy: what a put does when there is no room: "block" waits; "drop_oldest" drops frames that nobody took yet;
+            "latest" keeps only the newest. What is dropped is counted (stats().dropped).
+        max_frames: most frames in the ring at a time, 0 = only bytes count.
+        producers: ends of stream to wait for; 0 = those that put something.
+        allow_pickle: False refuses values that need pickle, on both sides.
+        check_crc: False skips the CRC32 of payload and header.
+        name: a label for attach(); unique in this process.
+
+    Owner: the process that creates it. Its session, with the segment, goes at its exit, or at the next sweep after kill -9.
+    A process that dies holding a frame or a claim is found by pidfd, and its frames are delivered again.
+
+    Raises:
+        OutOfSharedMemory, SegmentRefused, ValueError.
+    """
+
+    def __init__(
+        self,
+        size: int = DEFAULT_QUEUE_BYTES,
+        *,
+        policy: Policy = "block",
+        max_frames: int = 0,
+        producers: int = 0,
+        allow_pickle: bool = True,
+        check_crc: bool = True,
+        name: str | None = None,
+        supervised: bool = False,
+    ) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"policy is one of {', '.join(POLICIES)}, not {policy!r}")
+        if max_frames < 0 or producers < 0:
+            raise ValueError(f"max_frames and producers are 0 or more, not {max_frames} and {producers}")
+        capacity, total = _ring.segment_bytes(size)
+        session = segment.process_session()
+        path = session.path / name if name else session.unique("q")
+        options = (0 if allow_pickle else _NO_PICKLE) | (0 if check_crc else _NO_CRC) | (_SUPERVISED if supervised else 0)
+        handle = segment.create_file(path, total)
+        try:
+            label = f"{session.path.name}/{path.name}"
+            self._create(handle, capacity, POLICIES[policy], max_frames, options, str(session.path.parent), label)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(handle)
+        for number in range(producers):
+            self.declare_producer(number)
+        self._creator = os.getpid()
+        self._finalizer = weakref.finalize(self, _unlink_own, str(path), os.getpid())
+
+    @classmethod
+    def attach(cls, name: str) -> Self:
+        """Attach to a queue of this user by its name (or its unique label).
+
+        Raises:
+            QueueNotFound, SegmentInvalid (foreign, other version, truncated), SegmentRefused (owner, mode).
+        """
+        queue = cls.__new__(cls)
+        queue._creator = 0
+        handle = segment.open_file(name)
+        try:
+            path = segment.find(name)
+            queue._attach(handle, str(path.parent.parent), f"{path.parent.name}/{path.name}")
+        finally:
+            os.close(handle)
+        return queue
+
+    @property
+    def name(self) -> str:
+        """Name for attach(): "<session>/<queue>"."""
+        return self.label
+
+    @property
+    def size(self) -> int:
+        """Bytes of ring."""
+        return self.capacity
+
+    def unlink(self) -> None:
+        """Remove the name; the memory goes when the last handle goes. Idempotent."""
+        try:
+            os.unlink(segment.find(self.label))
+        except (FileNotFoundError, QueueNotFound):
+            pass  # somebody unlinked it before, or its owner ended
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return (type(self).attach, (self.label,))
+
+    # ------------------------------------------------------------ asyncio
+
+    async def aput(self, value: object, timeout: float | None = None, *, dtype: int = -1, key: int = 0) -> None:
+        """put() for asyncio: no event-loop turn when there is room.
+
+        Raises:
+            queue.Full: after `timeout` seconds (None waits for ever).
+        """
+        if self.send(value, dtype, 0.0, 0, key):
+            return
+        deadline = None if timeout is None else time.monotonic() + timeout
+        waiting = AsyncWait((self,), 1)
+        while await waiting.sleep(_left(deadline)):
+            if self.send(value, dtype, 0.0, 0, key):
+                waiting.leave()
+                return
+        if not self.send(value, dtype, 0.0, 0, key):
+            raise Full
+
+    async def aget(self, timeout: float | None = None) -> Any:
+        """get() for asyncio: no event-loop turn when a frame is there.
+
+        Raises:
+            queue.Empty: after `timeout` seconds (None waits for ever). EndOfStream, FrameCorrupt.
+        """
+        try:
+            return self.get_nowait()
+        except Empty:
+            pass  # wait for one
+        deadline = None if timeout is None else time.monotonic() + timeout
+        waiting = AsyncWait((self,), 0)
+        try:
+            while await waiting.sleep(_left(deadline)):
+                try:
+                    return self.get_nowait()
+                except Empty:
+                    continue
+            return self.get_nowait()
+        finally:
+            waiting.leave()
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            try:
+                yield self.get()
+            except EndOfStream:
+                return
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        while True:
+            try:
+                yield await self.aget()
+            except EndOfStream:
+                return
+
+    # ------------------------------------------------------------ watching
+
+    def stats(self) -> QueueStats:
+        """A frozen snapshot of the counters; any attached process can read it at any time."""
+        return QueueStats(**self.counters())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+        if self._creator == os.getpid():
+            self.unlink()
+
+    def __repr__(self) -> str:
+        return f"<MemQ {self.label} {self.capacity} bytes>"
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def _unlink_own(path: str, pid: int) -> None:
+    if os.getpid() == pid:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass  # unlinked by hand, or gone with the session
+
+
+__all__ = ["Empty", "Full", "MemQ", "Policy"]
