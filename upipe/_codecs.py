@@ -230,7 +230,7 @@ def _flat(view: memoryview) -> Part:
 
 def _forced_str(value: object, allow_pickle: bool) -> Encoded:
     if not isinstance(value, str):
-        _misfit(value, _STR, "str", "convert it with str() or emit it without a DType")
+        _misfit(value, _STR, "str", "convert it (bytes have .decode()) or emit it without a DType")
     try:
         return _raw(_STR, value.encode())
     except UnicodeEncodeError:
@@ -241,7 +241,7 @@ def _forced_bytes(value: object, allow_pickle: bool) -> Encoded:
     if isinstance(value, bytes):
         return _raw(_BYTES, bytes(value))
     if not isinstance(value, (bytearray, memoryview)):
-        remedy = "convert it with bytes() or emit it without a DType"
+        remedy = "convert it (str has .encode(), arrays have .tobytes()) or emit it without a DType"
         _misfit(value, _BYTES, "bytes, bytearray and memoryview", remedy)
     return _view(value, allow_pickle)
 

@@ -6,7 +6,7 @@
 #define UP_MAGIC 0x00514d4550495075ull
 #define UP_VERSION 1
 #define UP_FRAME_MAGIC 0x5055
-#define UP_FINGERPRINT 0x61f3d683u
+#define UP_FINGERPRINT 0xb787565fu
 #define UP_GRANULE 64
 #define UP_CONTROL_BYTES 4096
 #define UP_SLOTS 512
@@ -124,7 +124,7 @@ typedef struct up_control {
     uint64_t total; /* bytes of the whole segment */
     uint64_t max_frames; /* most frames in the ring at a time, 0 = only bytes count */
     uint32_t options; /* 1 refuse pickle, 2 no CRC check, 4 a supervisor recovers */
-    uint32_t policy; /* 0 block, 1 drop_oldest, 2 latest; may change while in use */
+    uint32_t policy; /* 0 block, 1 drop_oldest, 2 latest, 3 discard; may change while in use */
     uint32_t stream; /* 0 no producer yet, 1 open, 2 all closed; guarded by the registry lock */
     uint32_t joined; /* count of slot registrations: tells watchers to look again */
     uint64_t created; /* ns since 1970 */

@@ -143,6 +143,7 @@ cdef class Ring:
     cdef int generation
     cdef bint closed, mapped, supervised
     cdef readonly bint allow_pickle
+    cdef public bint interrupted  # waits end at once, as if their time were over (a worker that drains)
     cdef uint64_t held            # position + 1 of the frame that take() holds, 0 = none
     cdef up_frame last            # header of the frame that was read last
     cdef object bells, wakeup     # (consumer Bell | None, producer Bell | None), module upipe.memq.wakeup
@@ -344,7 +345,7 @@ cdef class Ring:
     cdef bint _again(self, Waiting *w) except -1:
         """After a try that failed: spin, arm or sleep; False when it is time to give up."""
         cdef int rc
-        if w.timeout <= 0:
+        if w.timeout <= 0 or self.interrupted:
             return False
         if w.deadline == 0:
             w.deadline = _now() + w.timeout
@@ -463,6 +464,8 @@ cdef class Ring:
         self._fits(need)
         if self.r.c.policy == UP_POLICY_LATEST:
             self._drop(need, 1)
+        elif self.r.c.policy == UP_POLICY_DISCARD:
+            return self._full(need)
         self._lock(self.r.c.producer_lock)
         rc = up_room(&self.r, need, 1)
         if rc == UP_OK:
@@ -502,9 +505,9 @@ cdef class Ring:
         cdef int rc
         if self.r.c.policy == UP_POLICY_BLOCK:
             return UP_FULL
-        self._drop(need, 0)
+        self._drop(need, self.r.c.policy == UP_POLICY_DISCARD)
         self._lock(self.r.c.producer_lock)
-        rc = up_room(&self.r, need, 1)
+        rc = UP_FULL if self.r.c.policy == UP_POLICY_DISCARD else up_room(&self.r, need, 1)
         if rc != UP_OK and refuse:
             up_count_refused(&self.r)
         up_unlock(self.r.c.producer_lock)
@@ -1094,8 +1097,10 @@ cdef class Ring:
         return up_emitted(&self.r, id)
 
     def set_policy(self, uint32_t policy):
-        """0 block, 1 drop_oldest, 2 latest; from the next put on."""
+        """0 block, 1 drop_oldest, 2 latest, 3 discard (nobody will read: drop and count all); from now on."""
         self.r.c.policy = policy
+        if policy == UP_POLICY_DISCARD:
+            self._drop(0, True)
         up_wake_all(&self.r)
 
     def wake_all(self):
@@ -1179,3 +1184,5 @@ cdef class Ring:
 
 
 include "_views.pxi"
+include "_fan.pxi"
+include "_ready.pxi"

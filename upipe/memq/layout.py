@@ -67,7 +67,7 @@ CONTROL = (
     Field(24, "uint64_t", "total", 0, "bytes of the whole segment"),
     Field(32, "uint64_t", "max_frames", 0, "most frames in the ring at a time, 0 = only bytes count"),
     Field(40, "uint32_t", "options", 0, "1 refuse pickle, 2 no CRC check, 4 a supervisor recovers"),
-    Field(44, "uint32_t", "policy", 0, "0 block, 1 drop_oldest, 2 latest; may change while in use"),
+    Field(44, "uint32_t", "policy", 0, "0 block, 1 drop_oldest, 2 latest, 3 discard; may change while in use"),
     Field(48, "uint32_t", "stream", 0, "0 no producer yet, 1 open, 2 all closed; guarded by the registry lock"),
     Field(52, "uint32_t", "joined", 0, "count of slot registrations: tells watchers to look again"),
     Field(56, "uint64_t", "created", 0, "ns since 1970"),

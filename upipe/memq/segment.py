@@ -247,3 +247,9 @@ def remove_dead(pid: int, start: int) -> None:
     path = session_path(pid, start)
     if path.exists() and _is_dead(path):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def end_worker_session() -> None:
+    """At the end of a worker, which leaves by os._exit: remove its session, if it made one."""
+    if _session is not None and _session.pid == os.getpid():
+        _session.remove()
