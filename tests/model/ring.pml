@@ -181,6 +181,11 @@ inline store_tail() { tail = t; tail_copy = 1 - tail_copy; t = 0; moved = true }
 inline repair_next() {
 #ifdef NO_HEAD_CHECK
     if :: kind[SLOT(next)] == TAKEN -> kind[SLOT(next)] = COMMITTED; owner[SLOT(next)] = 0 :: else fi
+#elif defined(BAD_HEAD_CHECK)                            /* by the dead owner instead of by head */
+    if
+    :: kind[SLOT(next)] == TAKEN && dead[owner[SLOT(next)]] -> kind[SLOT(next)] = COMMITTED; owner[SLOT(next)] = 0
+    :: else
+    fi
 #elif !defined(NO_REPAIR_NEXT)
     if :: AT_NEXT(TAKEN) -> kind[SLOT(next)] = COMMITTED; owner[SLOT(next)] = 0 :: else fi
 #else
@@ -202,6 +207,14 @@ inline repair_counts() {
     prepare_tail()                                      /* the dead one may have finished a frame and no more */
 #endif
 }
+
+#ifdef BAD_COUNTERS             /* in place, beside the head word */
+#define COUNT_CLAIM claims[head_copy] = claims[head_copy] + 1 + (pad > 0)
+#define FLIP_CLAIM skip
+#else
+#define COUNT_CLAIM claims[1 - head_copy] = claims[head_copy] + 1 + (pad > 0)
+#define FLIP_CLAIM head_copy = 1 - head_copy
+#endif
 
 /* ---- the producer ------------------------------------------------------------------------------------------ */
 
@@ -229,10 +242,10 @@ again:
             fi;
             at = SLOT(head + pad);
             kind[at] = CLAIMED; owner[at] = me; size[at] = LEN(k); deliveries[at] = 1;
-            claims[1 - head_copy] = claims[head_copy] + 1 + (pad > 0) }
+            COUNT_CLAIM }
         :: KILL
         fi;
-        STEP( head = head + pad + LEN(k); head_copy = 1 - head_copy; pad = 0; P = FREE;
+        STEP( head = head + pad + LEN(k); FLIP_CLAIM; pad = 0; P = FREE;
               if :: armed -> waiting[me] = false; armed = false :: else fi;
               use(at, LEN(k)) );
 #ifdef BAD_WAKE_FIRST
@@ -264,12 +277,14 @@ next_frame:
 #endif
     STEP( P == FREE || P == ORPHAN -> P = me + 1 );
     STEP( closed[me] = true; P = FREE );
+#ifndef NO_CLOSER_WAKE
     if
     :: atomic { ALL_CLOSED }
         wake_all(NP, N)
     :: atomic { !ALL_CLOSED }
     :: KILL
     fi;
+#endif
     atomic { k = 0; done++; goto ended };
 
 died:
@@ -293,13 +308,22 @@ ended:
 #define MAY_LEAVE false
 #endif
 
+#if defined(BAD_LEAVE) || defined(BAD_PASS_ON)
+#define USES_WOKEN
+#define WOKEN(x) woken = x
+#else
+#define WOKEN(x) skip
+#endif
 #define CALM (fix == 0 && t == 0 && mine == 0)           /* repaired, walked, own frame finished */
 #define LOOKS (CALM && !leaving)
 #define PAST (LOOKS && !AT_NEXT(ABORTED) && !skipped)
 
 proctype Consumer(byte me) {
     byte mine, s, t, j, g;                              /* mine: the slot of the frame that it holds, + 1 */
-    bool moved, skipped, armed, hit, end, more, leaving, woken;
+    bool moved, skipped, armed, hit, end, more, leaving;
+#ifdef USES_WOKEN
+    bool woken;
+#endif
     byte fix;
 
 alive:
@@ -317,7 +341,7 @@ look:
     :: atomic { fix == 0 && t == 0 && mine > 0 ->
         s = mine - 1;
         CHECK(AT(s, TAKEN, me) && user[s] == me + 1);
-        finished[data[s] - 1] = true;
+        if :: data[s] > 0 -> finished[data[s] - 1] = true :: else fi;
         unuse(s, size[s], 0);
         kind[s] = FINISHED; owner[s] = 0; deliveries[s] = 0; s = 0; mine = 0;
         prepare_tail() }
@@ -332,13 +356,20 @@ look:
 #endif
         }
     :: atomic { PAST && redeliver > 0 ->
-        do :: kind[s] == AVAILABLE -> break :: else -> s++ od;
+        t = tail;
+        do :: kind[SLOT(t)] == AVAILABLE -> break :: else -> t = t + size[SLOT(t)] od;
+        s = SLOT(t); t = 0;
         kind[s] = TAKEN; owner[s] = me }
         STEP( redeliver-- );
         goto take
     :: atomic { PAST && redeliver == 0 && AT_NEXT(COMMITTED) ->
+#ifdef BAD_TAKE_ORDER
+        s = SLOT(next); next = next + size[s] }
+        STEP( kind[s] = TAKEN; owner[s] = me );
+#else
         s = SLOT(next); kind[s] = TAKEN; owner[s] = me }
         STEP( next = next + size[s] );
+#endif
         goto take
     :: atomic { PAST && redeliver == 0 && !AT_NEXT(COMMITTED) ->
 #ifdef BAD_END_ORDER
@@ -355,21 +386,32 @@ look:
 
 take:   /* C is held. One flag may have been cleared for a frame that is not the one taken: so first take the own
      * flag down, and then look whether more is there for somebody else. */
-#ifdef BAD_CHAIN_ORDER
-    STEP( more = TAKEABLE );
-#endif
+#ifndef BAD_FLAG_LATE
     STEP( if :: armed -> waiting[me] = false; armed = false :: else fi );
+#endif
     STEP(
-#if !defined(BAD_CHAIN_ORDER) && !defined(NO_CHAIN)
+#ifndef NO_CHAIN
           more = TAKEABLE;
 #endif
           C = FREE;
-          CHECK(data[s] > 0);
           use(s, size[s]);
+#ifndef RECLAIM_ON_TIMEOUT
+          assert(data[s] > 0);
           delivered[data[s] - 1]++;
-          CHECK(delivered[data[s] - 1] <= 1 + deaths[data[s] - 1]);
-          CHECK(delivered[data[s] - 1] <= deliveries[s]);
-          mine = s + 1; s = 0; woken = false );
+          assert(delivered[data[s] - 1] <= 1 + deaths[data[s] - 1]);
+          assert(delivered[data[s] - 1] <= deliveries[s]);
+#if NC == 1
+          if                                            /* one consumer: first in, first out per producer */
+          :: delivered[data[s] - 1] == 1 && (data[s] - 1) % NF > 0 && committed[data[s] - 2] ->
+                assert(delivered[data[s] - 2] > 0 || finished[data[s] - 2])
+          :: else
+          fi;
+#endif
+#endif
+          mine = s + 1; s = 0; WOKEN(false) );
+#ifdef BAD_FLAG_LATE
+    STEP( if :: armed -> waiting[me] = false; armed = false :: else fi );
+#endif
 
 unlocked:
     if
@@ -378,14 +420,16 @@ unlocked:
 #ifdef BAD_WAKE_ONE_PRODUCER
         wake_one(0, NP);
 #else
-        wake_all(0, NP);                            /* full fence, then read the flags */
+        wake_all(0, NP);                                /* full fence, then read the flags */
 #endif
+#ifndef NO_FINISHER_WAKE
         if
         :: atomic { DRAINED }
             wake_all(NP, N)
         :: atomic { !DRAINED }
         :: KILL
         fi
+#endif
     :: else
     fi;
     if
@@ -407,7 +451,7 @@ unlocked:
             :: g < NP * NF -> CHECK(!committed[g] || finished[g]); g++
             :: else -> break
             od;
-            g = 0; end = false; armed = false; woken = false; done++;
+            g = 0; end = false; armed = false; done++;
             goto ended
         }
     :: leaving ->
@@ -418,19 +462,32 @@ unlocked:
         :: else
         fi;
 #else
-        STEP( waiting[me] = false; armed = false; woken = false );
+        STEP( waiting[me] = false; armed = false );
         wake_one(NP, N);
 #endif
         atomic { leaving = false; done++; goto ended }
     :: else ->
+#ifdef BAD_PASS_ON                                      /* woken for nothing, it wakes another before it sleeps again */
         if
-#ifdef BAD_RECHECK                                      /* sets its flag, and sleeps without a second look */
+        :: woken -> woken = false; wake_one(NP, N)
+        :: else
+        fi;
+#endif
+        if
+#ifdef BAD_SECOND_LOOK                                  /* without a lock, and only for a committed frame */
+        :: atomic { !armed -> waiting[me] = true; armed = true }
+            if
+            :: atomic { AT_NEXT(COMMITTED) }
+            :: atomic { !AT_NEXT(COMMITTED) }
+                STEP( bell[me] -> bell[me] = false; armed = false )
+            fi
+#elif defined(BAD_RECHECK)                                     /* sets its flag, and sleeps without a second look */
         :: atomic { !armed -> waiting[me] = true; armed = true }
             STEP( bell[me] -> bell[me] = false; armed = false )
 #else
         :: atomic { !armed -> waiting[me] = true; armed = true }    /* full fence, then look again */
 #endif
-        :: atomic { armed && bell[me] -> bell[me] = false; armed = false; woken = true }
+        :: atomic { armed && bell[me] -> bell[me] = false; armed = false; WOKEN(true) }
         :: atomic { armed && MAY_LEAVE -> leaving = true }
         :: KILL
         fi
@@ -449,7 +506,7 @@ died:
         od;
         mine = 0; s = 0; t = 0; j = 0; g = 0; fix = 0;
         moved = false; skipped = false; armed = false; hit = false; end = false; more = false;
-        leaving = false; woken = false;
+        leaving = false; WOKEN(false);
         dead[me] = true; corpses++
     };
     if
@@ -528,13 +585,29 @@ reclaim:
 #endif
                      :: else -> break
                      fi );
+#ifdef MAX_DELIVERIES
+               if
+               :: deliveries[SLOT(t)] > MAX_DELIVERIES ->       /* kept as a dead letter elsewhere, before this */
+                    STEP( kind[SLOT(t)] = FINISHED; owner[SLOT(t)] = 0; finished[data[SLOT(t)] - 1] = true;
+                          data[SLOT(t)] = 0; deliveries[SLOT(t)] = 0 );
+                    goto settled
+               :: else
+               fi;
+#endif
                STEP( kind[SLOT(t)] = AVAILABLE; owner[SLOT(t)] = 0 );
 #ifdef BAD_COUNT_LAST
                STEP( deliveries[SLOT(t)]++ );
 #endif
-               STEP( redeliver++ )
+               STEP( redeliver++ );
+settled:
+               skip
             od;
-            STEP( t = 0; moved = false; C = FREE )
+            t = 0;
+#if defined(MAX_DELIVERIES) && !defined(NO_WALK_AFTER_DEAD)
+            STEP( prepare_tail() );
+            STEP( if :: t > 0 -> store_tail() :: else fi );
+#endif
+            STEP( moved = false; C = FREE )
         fi;
 #ifdef BAD_FREE_EARLY
         FREE_SLOT;

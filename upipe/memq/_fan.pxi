@@ -16,7 +16,7 @@ def fan_send(tuple rings, value, int dtype=-1, uint64_t execution=0, tuple keys=
     cdef uint64_t need
     cdef uint32_t crc
     cdef uint64_t pos[64]
-    cdef list parts, chosen = list(rings)
+    cdef list parts, chosen = list(rings), refused = []
     if len(chosen) > 64:
         raise ValueError(f"one emit reaches at most 64 queues, not {len(chosen)}")
     for ring in chosen:
@@ -57,12 +57,16 @@ def fan_send(tuple rings, value, int dtype=-1, uint64_t execution=0, tuple keys=
         ring = chosen[full]
         if ring.r.c.policy == UP_POLICY_BLOCK:
             return False
-        if ring._full(need) == UP_REFUSED:
-            del chosen[full]
+        if ring._full(need, False) == UP_REFUSED:  # counted only when the emit as a whole succeeds
+            refused.append(chosen.pop(full))
             if keys:
                 keys = keys[:full] + keys[full + 1:]
             if not chosen:
-                return True
+                break
+    for ring in refused:
+        ring._lock(ring.r.c.producer_lock)
+        up_count_refused(&ring.r)
+        up_unlock(ring.r.c.producer_lock)
     for i in range(len(chosen)):
         ring = chosen[i]
         if not o.m.flags & UP_FLAG_INLINE:

@@ -1,0 +1,487 @@
+"""The supervisor of a pipe, as a pure state machine: events and `now` in, commands out. The shell is local.py.
+
+    Spawned  Ready  Done  Raised  Exited  Paused  Load        what happened
+    DrainPipe  StopPipe  Tick                                 what was asked for, and the time that passed
+                 |
+             handle(event, now)
+                 |
+    StartWorker  KillWorker  DrainWorker  Recover             what to do
+    DeclareEnds  CloseEnds  DiscardInputs  CloseInput  PipeUp  PipeEnded
+
+Rules: a worker that exits cleanly (or was done) has its ends of stream closed; one that dies is recovered first, then run
+again under the next epoch. A processor whose workers have all ended reads no more: its inputs discard. The pipe is
+completed when every processor has ended, failed as soon as one cannot go on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from upipe.graph.plan import Plan, WorkerPlan
+from upipe.graph.spec import PipeSpec, ProcessorSpec
+from upipe.lifecycle import PIPE, PIPE_ENDED, WORKER, WORKER_ENDED, Machine
+from upipe.runtime.autoscale import Controller
+from upipe.runtime.restarts import Restarts
+
+# ------------------------------------------------------------------ events
+
+
+@dataclass(frozen=True, slots=True)
+class Spawned:
+    """The process of a worker runs. start: ticks after boot."""
+
+    worker: str
+    pid: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Its code is loaded and its queues are attached."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Its code returned and everything is closed."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """User code raised; see messages.Raised."""
+
+    worker: str
+    phase: str
+    kind: str
+    message: str
+    traceback: str
+    fatal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """The process ended and was reaped. status: exit code, or minus the signal."""
+
+    worker: str
+    pid: int
+    status: int
+    cpu_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """The process was stopped (SIGSTOP) or continued."""
+
+    worker: str
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Input of an autoscaled processor: share of the ring in use (0..1), age of the oldest frame (s), frames waiting."""
+
+    processor: str
+    used_share: float
+    oldest_age: float
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class GaveUp:
+    """The shell cannot go on (shared memory for dead letters is used up, no fork server can be had)."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainPipe:
+    """terminate(): take no more in, finish the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopPipe:
+    """stop(): end now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed; see deadline()."""
+
+
+Event = Spawned | Ready | Done | Raised | Exited | Paused | Load | GaveUp | DrainPipe | StopPipe | Tick
+
+# ------------------------------------------------------------------ commands
+
+
+@dataclass(frozen=True, slots=True)
+class StartWorker:
+    """Fork it, in this life number."""
+
+    worker: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class KillWorker:
+    """SIGKILL."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainWorker:
+    """Ask it to finish and end."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recover:
+    """Give back what the dead process held, on all its queues."""
+
+    worker: str
+    pid: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeclareEnds:
+    """Its streams shall not end before it closed them."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class CloseEnds:
+    """Close its ends of stream (it may have done so itself)."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class DiscardInputs:
+    """Nobody reads this processor's inputs any more."""
+
+    processor: str
+
+
+@dataclass(frozen=True, slots=True)
+class CloseInput:
+    """Close the pipe's own end into its roots."""
+
+
+@dataclass(frozen=True, slots=True)
+class PipeUp:
+    """Every worker reported ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class PipeEnded:
+    """completed, failed or stopped; with the reasons of a failure."""
+
+    state: str
+    reasons: tuple[str, ...] = ()
+
+
+Command = (
+    StartWorker | KillWorker | DrainWorker | Recover | DeclareEnds | CloseEnds | DiscardInputs | CloseInput | PipeUp | PipeEnded
+)
+
+# ------------------------------------------------------------------ the machine
+
+
+@dataclass
+class Slot:
+    """One worker slot over all its lives."""
+
+    plan: WorkerPlan
+    spec: ProcessorSpec
+    machine: Machine
+    epoch: int = 0
+    pid: int = 0
+    start: int = 0
+    was_ready: bool = False
+    """Ready in this life."""
+    done: bool = False
+    """Said Done in this life."""
+    spawn_at: float | None = None
+    """When it is run again. Set exactly while the machine is lost."""
+    kill_at: float | None = None
+    """When it is killed for being stopped. Set only while it runs paused."""
+    error: str = ""
+    """What ended its last life, with the traceback when there is one."""
+
+    @property
+    def name(self) -> str:
+        """processor#index."""
+        return f"{self.plan.processor}#{self.plan.index}"
+
+    @property
+    def alive(self) -> bool:
+        """Whether a process runs (or is about to) for it."""
+        return self.machine.state in ("spawning", "running", "draining")
+
+    @property
+    def ended(self) -> bool:
+        """Whether it will never run again."""
+        return self.machine.state in WORKER_ENDED
+
+
+@dataclass
+class Crew:
+    """The workers of one processor."""
+
+    spec: ProcessorSpec
+    restarts: Restarts
+    scaler: Controller | None
+    slots: list[Slot] = field(default_factory=list)
+    """Started so far, by index; more are added by scaling up."""
+    deaths: int = 0
+    cpu_seconds: float = 0.0
+    discarded: bool = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether all its workers have."""
+        return all(slot.ended for slot in self.slots)
+
+
+class Supervisor:
+    """Decides for one pipe.
+
+    Args:
+        spec: validated.
+        plan: of that spec.
+    """
+
+    def __init__(self, spec: PipeSpec, plan: Plan) -> None:
+        self.spec = spec
+        self.plan = plan
+        self.pipe = Machine(PIPE, "declared", f"pipe {spec.name!r}")
+        self.crews: dict[str, Crew] = {}
+        self.slots: dict[str, Slot] = {}
+        self.reasons: list[str] = []
+        self._plans = {(worker.processor, worker.index): worker for worker in plan.workers}
+        self._roots = {one.name for one in spec.roots()}
+        for one in spec.processors:
+            scaler = Controller(spec.settings.autoscale, one.workers, one.most_workers) if one.autoscale else None
+            self.crews[one.name] = Crew(one, Restarts(one.restart), scaler)
+
+    @property
+    def state(self) -> str:
+        """State of the pipe."""
+        return self.pipe.state
+
+    def start(self, now: float) -> list[Command]:
+        """Start every worker, consumers first, so that nobody emits into the void."""
+        self.pipe.fire("start")
+        commands: list[Command] = []
+        for name in reversed(self.plan.order):
+            for index in range(self.crews[name].spec.workers):
+                commands += self._add(name, index)
+        return commands
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Follow one event. Events for workers that are not known, or of an ended pipe, change nothing."""
+        if isinstance(event, StopPipe):
+            return self._end("stop", "stopped")
+        if self.pipe.state in PIPE_ENDED:
+            return self._late(event)
+        if isinstance(event, DrainPipe):
+            return self._drain()
+        if isinstance(event, Tick):
+            return self._tick(now)
+        if isinstance(event, Load):
+            return self._scale(event, now)
+        if isinstance(event, GaveUp):
+            return self._fail(event.reason)
+        slot = self.slots.get(event.worker)
+        if slot is None:
+            return []
+        if isinstance(event, Spawned):
+            slot.pid, slot.start = event.pid, event.start
+            return []
+        if isinstance(event, Ready):
+            return self._ready(slot)
+        if isinstance(event, Done):
+            slot.done = True
+            return []
+        if isinstance(event, Raised):
+            return self._raised(slot, event)
+        if isinstance(event, Paused):
+            slot.kill_at = now + self.spec.settings.stopped_grace if event.paused and slot.alive else None
+            return []
+        return self._exited(slot, event, now)
+
+    def deadline(self) -> float | None:
+        """When to call handle(Tick()) at the latest; None: not before the next event."""
+        times = [slot.spawn_at for slot in self.slots.values() if slot.spawn_at is not None]
+        times += [slot.kill_at for slot in self.slots.values() if slot.kill_at is not None]
+        return min(times, default=None)
+
+    def validate(self) -> None:
+        """Assert the invariants that stand beside the fields (for tests)."""
+        for slot in self.slots.values():
+            assert (slot.spawn_at is not None) == (slot.machine.state == "lost"), slot
+            assert slot.kill_at is None or slot.alive, slot
+        if self.pipe.state == "completed":
+            assert all(crew.ended for crew in self.crews.values())
+
+    # -------------------------------------------------------------- workers
+
+    def _add(self, processor: str, index: int) -> list[Command]:
+        crew = self.crews[processor]
+        plan = self._plans[processor, index]
+        old = self.slots.get(f"{processor}#{index}")
+        slot = Slot(plan, crew.spec, Machine(WORKER, "spawning", f"worker {processor}#{index}"), old.epoch if old else 0)
+        slot.epoch += 1
+        if old is not None:
+            crew.slots.remove(old)
+        crew.slots.append(slot)
+        crew.slots.sort(key=lambda one: one.plan.index)
+        self.slots[slot.name] = slot
+        return [DeclareEnds(slot.name), StartWorker(slot.name, slot.epoch)]
+
+    def _ready(self, slot: Slot) -> list[Command]:
+        slot.was_ready = True
+        if slot.machine.can("ready"):
+            slot.machine.fire("ready")
+        return self._up()
+
+    def _up(self) -> list[Command]:
+        waiting = [one for one in self.slots.values() if one.machine.state in ("spawning", "lost") and one.spec.kind != "entry"]
+        if self.pipe.state != "starting" or waiting:
+            return []
+        self.pipe.fire("up")
+        return [PipeUp()]
+
+    def _raised(self, slot: Slot, event: Raised) -> list[Command]:
+        slot.error = f"{event.kind}: {event.message}\n--- remote traceback of {slot.name} ---\n{event.traceback.rstrip()}"
+        if not event.fatal:
+            return []
+        what = "cannot load its code" if event.phase == "load" else "raised"
+        return self._fail(f"processor {slot.plan.processor!r} (worker {slot.name}) {what}: {slot.error}")
+
+    def _exited(self, slot: Slot, event: Exited, now: float) -> list[Command]:
+        crew = self.crews[slot.plan.processor]
+        crew.cpu_seconds += event.cpu_seconds
+        slot.kill_at = None
+        if not slot.alive:
+            return []
+        if event.status == 0 or slot.done:
+            slot.machine.fire("exit")
+            return [Recover(slot.name, event.pid, slot.start), CloseEnds(slot.name), *self._crew_ended(crew)]
+        draining = slot.machine.state == "draining"
+        slot.machine.fire("die")
+        crew.deaths += 1
+        recover = Recover(slot.name, event.pid, slot.start)
+        if draining or (self.pipe.state == "draining" and slot.plan.processor in self._roots and crew.spec.kind in ("source", "driver")):
+            slot.machine.fire("drain")
+            return [recover, CloseEnds(slot.name), *self._crew_ended(crew)]
+        delay = crew.restarts.died(now)
+        if delay is None:
+            died = f"exit status {event.status}" if event.status > 0 else f"signal {-event.status}"
+            slot.machine.fire("fail")
+            return [recover, *self._fail(
+                f"processor {slot.plan.processor!r}: its workers died {crew.restarts.count} times within "
+                f"{crew.spec.restart.window:g} s, more than restart.limit={crew.spec.restart.limit} allows (last: {slot.name}, "
+                f"{died}){': ' + slot.error if slot.error else ''}"
+            )]
+        slot.spawn_at = now + delay
+        return [recover, *self._tick(now)]
+
+    def _tick(self, now: float) -> list[Command]:
+        commands: list[Command] = []
+        for slot in self.slots.values():
+            if slot.spawn_at is not None and slot.spawn_at <= now:
+                slot.spawn_at = None
+                slot.machine.fire("spawn")
+                slot.epoch += 1
+                slot.done = slot.was_ready = False
+                commands.append(StartWorker(slot.name, slot.epoch))
+            if slot.kill_at is not None and slot.kill_at <= now:
+                slot.kill_at = None
+                slot.error = f"{slot.name} was stopped (SIGSTOP) and was killed to be replaced"
+                commands.append(KillWorker(slot.name))
+        return commands
+
+    def _crew_ended(self, crew: Crew) -> list[Command]:
+        commands: list[Command] = []
+        if crew.ended and not crew.discarded:
+            crew.discarded = True
+            commands.append(DiscardInputs(crew.spec.name))
+        if all(one.ended for one in self.crews.values()):
+            if self.pipe.state == "starting":
+                self.pipe.fire("up")
+            self.pipe.fire("complete")
+            commands.append(PipeEnded("completed"))
+        else:
+            commands += self._up()
+        return commands
+
+    # -------------------------------------------------------------- the pipe
+
+    def _drain(self) -> list[Command]:
+        self.pipe.fire("drain")
+        commands: list[Command] = [CloseInput()]
+        for slot in self.slots.values():
+            if slot.plan.processor not in self._roots or slot.spec.kind in ("map", "class"):
+                continue
+            if slot.alive:
+                slot.machine.fire("drain")
+                commands.append(DrainWorker(slot.name))
+            elif slot.machine.state == "lost":
+                slot.spawn_at = None
+                slot.machine.fire("drain")
+                commands += [CloseEnds(slot.name), *self._crew_ended(self.crews[slot.plan.processor])]
+        return commands
+
+    def _fail(self, reason: str) -> list[Command]:
+        self.reasons.append(reason)
+        return self._end("fail", "failed")
+
+    def _end(self, event: str, state: str) -> list[Command]:
+        already = self.pipe.state in PIPE_ENDED
+        self.pipe.fire(event)
+        if already:
+            return []
+        commands: list[Command] = []
+        for slot in self.slots.values():
+            if slot.alive:
+                commands.append(KillWorker(slot.name))
+            slot.spawn_at = slot.kill_at = None
+            slot.machine.fire("stop")
+        return [*commands, PipeEnded(state, tuple(self.reasons))]
+
+    def _late(self, event: Event) -> list[Command]:
+        """After the end only the account goes on."""
+        if isinstance(event, Spawned):
+            self.slots[event.worker].pid, self.slots[event.worker].start = event.pid, event.start
+            return [KillWorker(event.worker)] if self.pipe.state != "completed" else []
+        if isinstance(event, Exited):
+            slot = self.slots[event.worker]
+            self.crews[slot.plan.processor].cpu_seconds += event.cpu_seconds
+            return [Recover(event.worker, event.pid, slot.start)]
+        return []
+
+    def _scale(self, event: Load, now: float) -> list[Command]:
+        crew = self.crews[event.processor]
+        active = [slot for slot in crew.slots if not slot.ended and slot.machine.state != "draining"]
+        if crew.scaler is None or self.pipe.state not in ("running", "draining") or not active:
+            return []
+        if any(slot.done for slot in crew.slots if slot.alive):
+            return []  # its stream has ended
+        step = crew.scaler.decide(now, len(active), event.used_share, event.oldest_age, event.waiting)
+        if step > 0:
+            taken = {slot.plan.index for slot in crew.slots if not slot.ended}
+            free = [index for index in range(crew.spec.most_workers) if index not in taken]
+            return self._add(event.processor, free[0]) if free else []
+        if step < 0:
+            running = [slot for slot in active if slot.machine.state == "running"]
+            if running:
+                running[-1].machine.fire("drain")
+                return [DrainWorker(running[-1].name)]
+        return []
