@@ -153,7 +153,8 @@ class ProcessorError(PipeError):
         self.message = message
         self.remote_traceback = remote_traceback
         text = f"processor {processor!r} (worker {worker}) raised {kind}: {message}"
-        super().__init__(text + (f"\n--- remote traceback ---\n{remote_traceback.rstrip()}" if remote_traceback else ""))
+        told = f"\n--- remote traceback ---\n{remote_traceback.rstrip()}" if remote_traceback else ""
+        super().__init__(text + told)
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str, str, str]]:
         return (type(self), (self.processor, self.worker, self.kind, self.message, self.remote_traceback))

@@ -20,8 +20,8 @@ DEFAULT_EDGE_BYTES = 32 * MIB
 class RestartPolicy(msgspec.Struct, frozen=True):
     """When a worker that died is replaced, and when the pipe gives up.
 
-    A restart waits ``min(backoff_max, backoff * 2 ** (n - 1))`` seconds, n being the deaths inside the window;
-    the first one is immediate.
+    The first restart inside the window is immediate; the n-th waits
+    ``min(backoff_max, backoff * 2 ** (n - 2))`` seconds.
     """
 
     limit: int = 20

@@ -3,8 +3,8 @@
     segment = | control (4 KiB) | slots | producers | state words | ring bytes |
 
 `python -m upipe.memq.layout` prints the C header, `... --markdown` the tables of ARCHITECTURE.md; a test checks that
-both are what is committed. The C header asserts every offset and size with `_Static_assert`, and `check()` here asserts
-what Python relies on at import. FINGERPRINT is a CRC of this table: two builds that disagree about one byte of it refuse
+both are what is committed. The C header asserts every offset and size with `_Static_assert`; `check()` here asserts at
+import that no field overlaps another. FINGERPRINT is a CRC of this table: two builds that disagree about one byte of it refuse
 each other at attach (LMDB's idea of folding struct sizes into the format number).
 """
 
@@ -220,7 +220,8 @@ def markdown(name: str) -> str:
     rows = ["| offset | field | type | meaning |", "|---|---|---|---|"]
     for field in fields:
         array = f"[{field.length}]" if field.length else ""
-        rows.append(f"| {field.offset} | {field.name.rstrip('_')} | {field.ctype.removesuffix('_t')}{array} | {field.doc} |")
+        kind = field.ctype.removesuffix("_t") + array
+        rows.append(f"| {field.offset} | {field.name.rstrip('_')} | {kind} | {field.doc} |")
     return "\n".join(rows)
 
 

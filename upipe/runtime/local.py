@@ -540,5 +540,6 @@ def _release(server: ForkServer, spool_path: Path, queues: dict[str, MemQ]) -> N
     for queue in queues.values():
         queue.unlink()
     shutil.rmtree(spool_path, ignore_errors=True)
+    segment.sweep()  # the sessions of its workers
 
 

@@ -134,7 +134,6 @@ def serve(fd: int) -> None:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     poll.register(wake_read, select.POLLIN)
-    gc.freeze()
     while True:
         ready = {number for number, _ in poll.poll()}
         if wake_read in ready:
@@ -144,11 +143,14 @@ def serve(fd: int) -> None:
             break
     for pid in workers:
         _kill_group(pid)
+    for pid in workers:
+        os.waitpid(pid, 0)  # SIGKILL was sent: it comes
     os._exit(0)
 
 
 def _become_quiet(keep: int) -> None:
     """Leave everything of the caller behind: its loop, signals, files, session."""
+    gc.freeze()  # its objects are never collected here: a collected socket would close a descriptor that is ours by now
     asyncio.events._set_running_loop(None)
     asyncio.set_event_loop(None)
     signal.set_wakeup_fd(-1)
