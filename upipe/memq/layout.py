@@ -4,8 +4,8 @@
 
 `python -m upipe.memq.layout` prints the C header, `... --markdown` the tables of ARCHITECTURE.md; a test checks that
 both are what is committed. The C header asserts every offset and size with `_Static_assert`; `check()` here asserts at
-import that no field overlaps another. FINGERPRINT is a CRC of this table: two builds that disagree about one byte of it refuse
-each other at attach (LMDB's idea of folding struct sizes into the format number).
+import that no field overlaps another. The fingerprint is a CRC of this table: two builds that disagree about one byte
+of it refuse each other at attach (LMDB's idea of folding struct sizes into the format number).
 """
 
 from __future__ import annotations
