@@ -162,9 +162,12 @@ def _become_quiet(keep: int) -> None:
     segment.forked_session()
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
-    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
-    os.closerange(3, keep)
-    os.closerange(keep + 1, highest + 1)
+    for number in [int(name) for name in os.listdir("/proc/self/fd")]:
+        if number > 2 and number not in (keep, null):
+            try:  # replaced, not closed: libuv closes its signal pipe by number at every later fork, whoever has it then
+                os.dup2(null, number, inheritable=False)
+            except OSError:
+                pass  # the descriptor of the listing itself
     sys.stdin = open(os.devnull)  # noqa: SIM115
     sys.stdout = open(1, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
