@@ -27,6 +27,11 @@
 #define LEN1 1                  /* granules of its other frames */
 #endif
 #define LEN(k) (k == 0 -> LEN0 : LEN1)
+#ifdef SMALL_FRAMES             /* all but a producer's first: written and committed, read and finished under lock */
+#define SMALL(k) (k > 0)
+#else
+#define SMALL(k) false
+#endif
 #ifndef CRASHES
 #define CRASHES 0               /* at most so many kill -9; every smaller number is explored too */
 #endif
@@ -88,6 +93,11 @@ bool timed_out;
 #define ALL_CLOSED (closed[0])
 #elif NP == 2
 #define ALL_CLOSED (closed[0] && closed[1])
+#endif
+#ifdef SMALL_FRAMES
+#define NEXT_SMALL SMALL((data[SLOT(next)] - 1) % NF)
+#else
+#define NEXT_SMALL false
 #endif
 #define DRAINED (ALL_CLOSED && tail == head)
 #define TAKEABLE (redeliver > 0 || AT_NEXT(COMMITTED) || AT_NEXT(ABORTED))
@@ -177,9 +187,10 @@ inline prepare_tail() {
 inline store_tail() { tail = t; tail_copy = 1 - tail_copy; t = 0; moved = true }
 
 /* The holder of C died. TAKEN at next is a take that did not get to advance next; but only with next < head:
- * in a full ring that is wholly taken, the slot of next is the slot of tail, and belongs to a live reader. */
+ * in a full ring that is wholly taken, the slot of next is the slot of tail, and belongs to a live reader.
+ * FINISHED at next is the same of a small frame, which is taken, read and finished at once. */
 inline repair_next() {
-#ifdef NO_HEAD_CHECK
+#ifdef NO_HEAD_CHECK                                    /* what stands at the slot of next, whatever position that is */
     if :: kind[SLOT(next)] == TAKEN -> kind[SLOT(next)] = COMMITTED; owner[SLOT(next)] = 0 :: else fi
 #elif defined(BAD_HEAD_CHECK)                            /* by the dead owner instead of by head */
     if
@@ -187,7 +198,7 @@ inline repair_next() {
     :: else
     fi
 #elif !defined(NO_REPAIR_NEXT)
-    if :: AT_NEXT(TAKEN) -> kind[SLOT(next)] = COMMITTED; owner[SLOT(next)] = 0 :: else fi
+    if :: AT_NEXT(TAKEN) || AT_NEXT(FINISHED) -> kind[SLOT(next)] = COMMITTED; owner[SLOT(next)] = 0 :: else fi
 #else
     skip
 #endif
@@ -205,6 +216,20 @@ inline repair_counts() {
 #endif
 #ifndef NO_REPAIR_WALK
     prepare_tail()                                      /* the dead one may have finished a frame and no more */
+#endif
+}
+
+inline count_delivery() {
+    assert(data[s] > 0);
+    delivered[data[s] - 1]++;
+    assert(delivered[data[s] - 1] <= 1 + deaths[data[s] - 1]);
+    assert(delivered[data[s] - 1] <= deliveries[s]);
+#if NC == 1
+    if                                                  /* one consumer: first in, first out per producer */
+    :: delivered[data[s] - 1] == 1 && (data[s] - 1) % NF > 0 && committed[data[s] - 2] ->
+        assert(delivered[data[s] - 2] > 0 || finished[data[s] - 2])
+    :: else
+    fi;
 #endif
 }
 
@@ -241,19 +266,27 @@ again:
             :: else
             fi;
             at = SLOT(head + pad);
-            kind[at] = CLAIMED; owner[at] = me; size[at] = LEN(k); deliveries[at] = 1;
+            size[at] = LEN(k); deliveries[at] = 1;
+            if
+            :: SMALL(k) -> assert(user[at] == 0); data[at] = FRAME(me, k) + 1; kind[at] = COMMITTED; owner[at] = 0
+            :: else -> kind[at] = CLAIMED; owner[at] = me
+            fi;
             COUNT_CLAIM }
         :: KILL
         fi;
         STEP( head = head + pad + LEN(k); FLIP_CLAIM; pad = 0; P = FREE;
               if :: armed -> waiting[me] = false; armed = false :: else fi;
-              use(at, LEN(k)) );
+              if
+              :: SMALL(k) -> committed[FRAME(me, k)] = true; at = 0; goto committed_now
+              :: else -> use(at, LEN(k))
+              fi );
 #ifdef BAD_WAKE_FIRST
         wake_one(NP, N);                                        /* what a missing fence in the waker allows */
 #endif
         STEP( CHECK(AT(at, CLAIMED, me) && user[at] == me + 1);
               unuse(at, LEN(k), FRAME(me, k) + 1);
               kind[at] = COMMITTED; owner[at] = 0; committed[FRAME(me, k)] = true; at = 0 );
+committed_now:
 #ifndef BAD_WAKE_FIRST
         wake_one(NP, N);                                        /* full fence, then read the flags */
 #endif
@@ -263,7 +296,7 @@ no_room:
         if
         :: atomic { !armed -> waiting[me] = true; armed = true }        /* full fence, then look again */
         :: atomic { armed && bell[me] -> bell[me] = false; armed = false }
-#ifdef GIVE_UP                                                  /* the first producer's wait for room ends in a timeout */
+#ifdef GIVE_UP                                                  /* the first producer stops waiting for room */
         :: atomic { armed && me == 0 -> waiting[me] = false; armed = false; k = NF; goto next_frame }
 #endif
         :: KILL
@@ -308,14 +341,23 @@ ended:
 #define MAY_LEAVE false
 #endif
 
-#if defined(BAD_LEAVE) || defined(BAD_PASS_ON)
+#ifdef LEAN_CHAIN               /* as in _ring.pyx: after the unlock, and only by one that was woken; see README.md */
+#define NO_CHAIN
+#define BAD_FLAG_LATE
+#endif
+#if defined(BAD_LEAVE) || defined(BAD_PASS_ON) || defined(LEAN_CHAIN)
 #define USES_WOKEN
 #define WOKEN(x) woken = x
 #else
 #define WOKEN(x) skip
 #endif
+#ifdef SMALL_FRAMES
+#define CONSUMED consumed
+#else
+#define CONSUMED false
+#endif
 #define CALM (fix == 0 && t == 0 && mine == 0)           /* repaired, walked, own frame finished */
-#define LOOKS (CALM && !leaving)
+#define LOOKS (CALM && !leaving && !CONSUMED)
 #define PAST (LOOKS && !AT_NEXT(ABORTED) && !skipped)
 
 proctype Consumer(byte me) {
@@ -323,6 +365,12 @@ proctype Consumer(byte me) {
     bool moved, skipped, armed, hit, end, more, leaving;
 #ifdef USES_WOKEN
     bool woken;
+#endif
+#ifdef SMALL_FRAMES
+    bool consumed;
+#endif
+#ifdef NO_WAKE_AFTER_SKIP
+    bool quiet;
 #endif
     byte fix;
 
@@ -334,10 +382,14 @@ look:
     :: atomic { MAY_LEAVE && !leaving -> leaving = true; goto look }
     :: KILL
     fi;
-    do                                              /* C is held */
+    do                                                  /* C is held */
     :: atomic { fix == 1 -> repair_next(); fix = 2 }
     :: atomic { fix == 2 -> repair_counts(); fix = 0 }
-    :: atomic { fix == 0 && t > 0 -> store_tail() }
+    :: atomic { fix == 0 && t > 0 -> store_tail();
+#ifdef NO_WAKE_AFTER_SKIP
+        moved = moved && !quiet; quiet = false
+#endif
+        }
     :: atomic { fix == 0 && t == 0 && mine > 0 ->
         s = mine - 1;
         CHECK(AT(s, TAKEN, me) && user[s] == me + 1);
@@ -352,7 +404,10 @@ look:
     :: atomic { LOOKS && !AT_NEXT(ABORTED) && skipped ->
         skipped = false;
 #ifndef NO_WALK_AFTER_SKIP
-        prepare_tail()                              /* nobody else will: a skipped frame is never finished */
+        prepare_tail();                                 /* nobody else will: a skipped frame is never finished */
+#endif
+#ifdef NO_WAKE_AFTER_SKIP
+        quiet = true
 #endif
         }
     :: atomic { PAST && redeliver > 0 ->
@@ -362,7 +417,21 @@ look:
         kind[s] = TAKEN; owner[s] = me }
         STEP( redeliver-- );
         goto take
-    :: atomic { PAST && redeliver == 0 && AT_NEXT(COMMITTED) ->
+#ifdef SMALL_FRAMES
+    :: atomic { PAST && redeliver == 0 && AT_NEXT(COMMITTED) && NEXT_SMALL ->
+        assert(user[SLOT(next)] == 0);                  /* its copy is made here */
+        kind[SLOT(next)] = FINISHED; consumed = true }
+        STEP( s = SLOT(next); next = next + 1;
+              count_delivery();
+              finished[data[s] - 1] = true; data[s] = 0; deliveries[s] = 0; s = 0;
+              prepare_tail() )
+    :: atomic { CALM && CONSUMED ->
+        if :: armed -> waiting[me] = false; armed = false :: else fi;
+        more = TAKEABLE;
+        C = FREE;
+        break }
+#endif
+    :: atomic { PAST && redeliver == 0 && AT_NEXT(COMMITTED) && !NEXT_SMALL ->
 #ifdef BAD_TAKE_ORDER
         s = SLOT(next); next = next + size[s] }
         STEP( kind[s] = TAKEN; owner[s] = me );
@@ -376,7 +445,7 @@ look:
         end = (tail == head) }
         STEP( end = end && ALL_CLOSED; C = FREE )
 #else
-        end = DRAINED;                              /* closed first, then head, which stands still by then */
+        end = DRAINED;                                  /* closed first, then head, which stands still by then */
         C = FREE }
 #endif
         break
@@ -396,20 +465,14 @@ take:   /* C is held. One flag may have been cleared for a frame that is not the
           C = FREE;
           use(s, size[s]);
 #ifndef RECLAIM_ON_TIMEOUT
-          assert(data[s] > 0);
-          delivered[data[s] - 1]++;
-          assert(delivered[data[s] - 1] <= 1 + deaths[data[s] - 1]);
-          assert(delivered[data[s] - 1] <= deliveries[s]);
-#if NC == 1
-          if                                            /* one consumer: first in, first out per producer */
-          :: delivered[data[s] - 1] == 1 && (data[s] - 1) % NF > 0 && committed[data[s] - 2] ->
-                assert(delivered[data[s] - 2] > 0 || finished[data[s] - 2])
-          :: else
-          fi;
+          count_delivery();
 #endif
+          mine = s + 1; s = 0
+#ifndef LEAN_CHAIN
+          ; WOKEN(false)
 #endif
-          mine = s + 1; s = 0; WOKEN(false) );
-#ifdef BAD_FLAG_LATE
+          );
+#if defined(BAD_FLAG_LATE) && !defined(LEAN_CHAIN)
     STEP( if :: armed -> waiting[me] = false; armed = false :: else fi );
 #endif
 
@@ -432,13 +495,28 @@ unlocked:
 #endif
     :: else
     fi;
+#ifdef LEAN_CHAIN
+    if
+    :: (armed || woken) && (mine > 0 || leaving) ->
+        STEP( more = woken || !waiting[me]; waiting[me] = false; armed = false; woken = false );
+        if
+        :: more -> STEP( more = TAKEABLE )
+        :: else
+        fi
+    :: else
+    fi;
+#endif
     if
     :: more -> more = false; wake_one(NP, N)
     :: else
     fi;
     if
+    :: CONSUMED ->
+#ifdef SMALL_FRAMES
+        consumed = false
+#endif
     :: mine > 0 ->
-#ifdef STALL                                            /* the first consumer's code waits for what becomes of the rest */
+#ifdef STALL                                            /* one consumer's code waits for the other frames */
         if
         :: atomic { me != NP || ALL_BUT_ONE }
         :: KILL
@@ -463,7 +541,9 @@ unlocked:
         fi;
 #else
         STEP( waiting[me] = false; armed = false );
-        wake_one(NP, N);
+#if !defined(NO_PASS_ON) && !defined(LEAN_CHAIN)
+        wake_one(NP, N);                                /* the one that woke us may have meant another frame */
+#endif
 #endif
         atomic { leaving = false; done++; goto ended }
     :: else ->
@@ -481,7 +561,7 @@ unlocked:
             :: atomic { !AT_NEXT(COMMITTED) }
                 STEP( bell[me] -> bell[me] = false; armed = false )
             fi
-#elif defined(BAD_RECHECK)                                     /* sets its flag, and sleeps without a second look */
+#elif defined(BAD_RECHECK)                              /* sets its flag, and sleeps without a second look */
         :: atomic { !armed -> waiting[me] = true; armed = true }
             STEP( bell[me] -> bell[me] = false; armed = false )
 #else
@@ -507,6 +587,12 @@ died:
         mine = 0; s = 0; t = 0; j = 0; g = 0; fix = 0;
         moved = false; skipped = false; armed = false; hit = false; end = false; more = false;
         leaving = false; WOKEN(false);
+#ifdef SMALL_FRAMES
+        consumed = false;
+#endif
+#ifdef NO_WAKE_AFTER_SKIP
+        quiet = false;
+#endif
         dead[me] = true; corpses++
     };
     if
