@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator
+from collections.abc import Awaitable, Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Self, overload
 
 from upipe.errors import EndOfStream, NotInWorker
 from upipe.frame import DataFrame
-from upipe.memq._ring import READY_TRUE, Ready
+from upipe.memq._ring import Ready
+from upipe.runtime.direct import SHORT_CUTS, YIELD_EVERY, later, short_cuts
 from upipe.runtime.worker import Worker, current
 from upipe.settings import RestartPolicy
 
 Key = Callable[[Any], Hashable] | str | int
 OnError = Literal["retry", "dead_letter", "fail"]
 EdgePolicy = Literal["block", "drop_oldest", "latest"]
-YIELD_EVERY = 1024
-"""Emits or gets in a row that never waited, after which one gives the event loop a turn."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,9 @@ class Processor:
         restart: when dead workers are replaced; default from the settings.
         resume: for generators that always yield the same: after a death skip what is in the queue already.
         checkpoint_every: frames between two checkpoints of a class that has checkpoint and restore.
-        allow_pickle: False refuses pickled frames in its workers; default from the settings.
+        allow_pickle: False refuses pickled frames on all its edges; default from the settings.
+        frame_timeout: seconds a frame may take, its waits for room downstream not counted. A worker that takes longer
+            is killed by the kernel (SIGALRM: the code must leave that signal alone), and the frame is given to another.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Processor:
         self.edges: list[Edge] = []
         self._config = config
         self._worker: Worker | None = None
-        self._calls = 0
+        self._turns = YIELD_EVERY
 
     # ------------------------------------------------------------------ declaring
 
@@ -102,7 +102,9 @@ class Processor:
             key: function of a value, field name or index: frames of equal key go to the same worker, in order.
         """
         if not isinstance(target, Processor):
-            raise TypeError(f"processor {self.name!r} leads to another Processor, not to {target!r}; wrap it: Processor(name, func)")
+            raise TypeError(
+                f"processor {self.name!r} leads to another Processor, not to {target!r}; wrap it: Processor(name, func)"
+            )
         self.edges.append(Edge(target, size, policy, key))
         return target
 
@@ -116,7 +118,8 @@ class Processor:
         return self.func(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_worker": None, "edges": []}  # travels as a name, and connects where it arrives
+        state = {name: value for name, value in self.__dict__.items() if name not in SHORT_CUTS}
+        return {**state, "_worker": None, "edges": []}  # travels as a name, and connects where it arrives
 
     # ------------------------------------------------------------------ connecting
 
@@ -126,13 +129,21 @@ class Processor:
         Raises:
             NotInWorker: this process is no worker of a processor of this name.
         """
-        self._worker = current(self.name)
+        self._join()
         return self
+
+    def _join(self) -> None:
+        if self._worker is None:
+            self._worker = current(self.name)
+            cls = Processor
+            self.__dict__.update(short_cuts(self, self._worker, cls.emit, cls.emit_sync, cls.get_sync))
 
     @property
     def _joined(self) -> Worker:
         if self._worker is None:
-            raise NotInWorker(f"processor {self.name!r} is not connected; call `await me.connect()` first, inside its worker")
+            raise NotInWorker(
+                f"processor {self.name!r} is not connected; call `await me.connect()` first, inside its worker"
+            )
         return self._worker
 
     async def __aenter__(self) -> Self:
@@ -156,32 +167,34 @@ class Processor:
         Raises:
             EncodeError, FrameTooLarge: the value cannot be sent; nothing was. EndOfStream: this worker drains.
         """
-        worker = self._worker or self._joined
+        worker = self._joined
         if worker.try_emit(value, -1 if dtype is None else dtype, to):
-            self._calls += 1
-            return READY_TRUE if self._calls % YIELD_EVERY else _turn(True)
-        return self._emit(value, dtype, worker.assignment.emit_wait, to)
+            return self._ready(True)
+        return worker.aemit(value, -1 if dtype is None else dtype, worker.assignment.emit_wait, to)
 
-    def emit_sync(self, value: Any, dtype: int | None = None, *, timeout: float | None = None, to: str | None = None) -> Any:
+    def emit_sync(
+        self, value: Any, dtype: int | None = None, *, timeout: float | None = None, to: str | None = None
+    ) -> Any:
         """Await it: True when the value is in; waits for room.
 
         Raises:
             TimeoutError: no room within `timeout` seconds (None waits for ever). Else as emit.
         """
-        worker = self._worker or self._joined
-        if worker.try_emit(value, -1 if dtype is None else dtype, to):
-            self._calls += 1
-            return READY_TRUE if self._calls % YIELD_EVERY else _turn(True)
+        if self._joined.try_emit(value, -1 if dtype is None else dtype, to):
+            return self._ready(True)
         return self._emit_sync(value, dtype, timeout, to)
 
-    async def _emit(self, value: Any, dtype: int | None, timeout: float | None, to: str | None) -> bool:
-        worker = self._joined
-        return await worker.outputs.asend(value, -1 if dtype is None else dtype, worker.execution, timeout, to)
-
     async def _emit_sync(self, value: Any, dtype: int | None, timeout: float | None, to: str | None) -> bool:
-        if not await self._emit(value, dtype, timeout, to):
+        if not await self._joined.aemit(value, -1 if dtype is None else dtype, timeout, to):
             raise TimeoutError(f"processor {self.name!r} found no room within {timeout:g} s")
         return True
+
+    def _ready(self, value: Any) -> Any:
+        self._turns -= 1
+        if self._turns:
+            return Ready(value)
+        self._turns = YIELD_EVERY
+        return later(value)
 
     # ------------------------------------------------------------------ getting
 
@@ -191,9 +204,8 @@ class Processor:
         Raises:
             EndOfStream: every input ended; ends the worker cleanly when it escapes.
         """
-        found, value = (self._worker or self._joined).try_receive()
-        self._calls += 1
-        return Ready(value) if self._calls % YIELD_EVERY and found else _turn(value)
+        found, value = self._joined.try_receive()
+        return self._ready(value) if found else later(None)
 
     def get_sync(self, timeout: float | None = None) -> Any:
         """Await it: the next value; waits for one. Finishes the frame before.
@@ -201,23 +213,15 @@ class Processor:
         Raises:
             TimeoutError: nothing came within `timeout` seconds (None waits for ever). EndOfStream: every input ended.
         """
-        found, value = (self._worker or self._joined).try_receive()
-        if found:
-            self._calls += 1
-            return Ready(value) if self._calls % YIELD_EVERY else _turn(value)
-        return self._joined.areceive(timeout)
+        found, value = self._joined.try_receive()
+        return self._ready(value) if found else self._joined.areceive(timeout)
 
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        while True:
-            try:
-                value = await self.get_sync()
-            except EndOfStream:
-                return
-            yield value
+    def __aiter__(self) -> Values:
+        return Values(self)
 
     def ack(self) -> None:
         """Finish the frame in hand now, before the next one is asked for."""
-        self._joined.inputs.finish()
+        self._joined.ack()
 
     # ------------------------------------------------------------------ knowing
 
@@ -240,14 +244,14 @@ class Processor:
     def source(self) -> str:
         """Name of the processor the frame in hand came from; "" when the pipe itself emitted it."""
         inputs = self._joined.inputs
-        return inputs.sources[inputs.held] if inputs.held is not None else ""
+        ring = inputs.held
+        return "" if ring is None else inputs.sources[ring]
 
     @property
     def frame(self) -> DataFrame | None:
         """The frame in hand with its header (position, deliveries, execution, timestamp), None when there is none."""
         ring = self._joined.inputs.held
-        position = ring.holding if ring is not None else None
-        return None if ring is None or position is None else DataFrame.unpack(ring.raw(position), lazy=True)
+        return None if ring is None else DataFrame.unpack(ring.raw(ring.holding), lazy=True)
 
     @property
     def emitted(self) -> int:
@@ -260,25 +264,26 @@ class Processor:
 
 
 class BlockingProcessor:
-    """A connected processor for code without asyncio; see Processor.blocking. `for value in me` ends with the stream."""
+    """A connected processor for plain code; see Processor.blocking. `for value in me` ends with the stream."""
 
     def __init__(self, processor: Processor) -> None:
         self._processor = processor
 
     def connect(self) -> Self:
         """As Processor.connect."""
-        self._processor._worker = current(self._processor.name)
+        self._processor._join()
         return self
 
     def emit(self, value: Any, dtype: int | None = None, *, to: str | None = None) -> bool:
         """As Processor.emit."""
         worker = self._processor._joined
-        return worker.outputs.send(value, -1 if dtype is None else dtype, worker.execution, worker.assignment.emit_wait, to)
+        return worker.emit(value, -1 if dtype is None else dtype, worker.assignment.emit_wait, to)
 
-    def emit_sync(self, value: Any, dtype: int | None = None, *, timeout: float | None = None, to: str | None = None) -> bool:
+    def emit_sync(
+        self, value: Any, dtype: int | None = None, *, timeout: float | None = None, to: str | None = None
+    ) -> bool:
         """As Processor.emit_sync."""
-        worker = self._processor._joined
-        if not worker.outputs.send(value, -1 if dtype is None else dtype, worker.execution, timeout, to):
+        if not self._processor._joined.emit(value, -1 if dtype is None else dtype, timeout, to):
             raise TimeoutError(f"processor {self._processor.name!r} found no room within {timeout:g} s")
         return True
 
@@ -310,12 +315,32 @@ class BlockingProcessor:
             self.ack()
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)  # copy and pickle ask before there is a processor
         return getattr(self._processor, name)  # config, index, epoch, source, frame, emitted, name
 
 
-async def _turn(value: Any) -> Any:
-    await asyncio.sleep(0)
-    return value
+class Values:
+    """`async for value in me`: until the stream ends."""
+
+    def __init__(self, processor: Processor) -> None:
+        self._get = processor.get_sync
+
+    def __aiter__(self) -> Self:
+        return self
+
+    def __anext__(self) -> Any:
+        try:
+            found = self._get()
+        except EndOfStream:
+            raise StopAsyncIteration from None
+        return found if type(found) is Ready else self._waited(found)
+
+    async def _waited(self, found: Awaitable[Any]) -> Any:
+        try:
+            return await found
+        except EndOfStream:
+            raise StopAsyncIteration from None
 
 
 @overload

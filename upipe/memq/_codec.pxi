@@ -2,6 +2,7 @@
 
 cdef enum:
     UP_AGAIN = -50           # the policy made room: try once more
+    UP_CORRUPT = -51         # the frame was buried: its CRC does not match
     _NONE = 1
     _BOOL = 2
     _I8 = 3
@@ -21,24 +22,25 @@ cdef struct Out:
 
 _NOTHING = (False, None)
 
+import numpy as _np
+
 # item code of the array table <-> numpy type number; DType code of a scalar <-> numpy type number
 cdef int[24] _num_to_item
 cdef int[14] _item_to_num
 cdef int[14] _item_to_dtype
+cdef int[14] _scalar_width  # bytes of an inline scalar, by DType code
 for _i in range(24):
     _num_to_item[_i] = -1
-for _i, _name in enumerate(_frame.ITEMS):
-    import numpy as _np
-    _item_to_num[_i] = _np.dtype(_name).num
+for _i in range(14):
     _item_to_dtype[_i] = -1
-for _i in range(24):
-    if _i not in (13, 16, 17, 18, 19, 20, 21, 22):
-        _descr = _np.dtype(_np.sctypeDict[_i]) if _i in _np.sctypeDict else None
-        if _descr is not None and _descr.str[1:] in [_name.lstrip("<|") for _name in _frame.ITEMS]:
-            _num_to_item[_i] = [_name.lstrip("<|") for _name in _frame.ITEMS].index(_descr.str[1:])
-_num_to_item[0] = 0  # bool is "?" in the table and "|b1" to numpy
+    _scalar_width[_i] = 0
+for _char in "?bhilqBHILQefdFD":  # "l" and "q" are both 8 bytes here
+    _num_to_item[_np.dtype(_char).num] = [_np.dtype(_name).str for _name in _frame.ITEMS].index(_np.dtype(_char).str)
+for _i, _name in enumerate(_frame.ITEMS):
+    _item_to_num[_i] = _np.dtype(_name).num
 for _i, _code in enumerate((2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)):
     _item_to_dtype[_i] = _code
+    _scalar_width[_code] = _np.dtype(_frame.ITEMS[_i]).itemsize
 _dtype_to_num = {_item_to_dtype[_i]: _item_to_num[_i] for _i in range(12)}
 
 cdef int64_t[4] _I_MIN
@@ -156,6 +158,11 @@ cdef list _encode(object value, int dtype, Out *o, bint allow_pickle):
     elif kind is cnp.ndarray:
         if (dtype == -1 or dtype == _ARRAY) and _encode_array(value, o):
             return None
+    elif kind is bool:
+        if dtype == -1 or dtype == _BOOL:
+            _meta(&o.m, _BOOL, UP_FLAG_INLINE, 1)
+            o.m.inline_ = value is True
+            return None
     elif value is None:
         if dtype == -1 or dtype == _NONE:
             _meta(&o.m, _NONE, UP_FLAG_INLINE, 0)
@@ -207,14 +214,19 @@ cdef object _decode(up_frame *f, object payload, bint allow_pickle):
         if _I8 <= dtype < _I64 and f.size == <uint64_t>1 << (dtype - _I8):
             shift = 64 - 8 * (1 << (dtype - _I8))
             return <int64_t>(f.inline_ << shift) >> shift
+        if dtype == _F32 and f.size == 4:
+            memcpy(&single, &f.inline_, 4)
+            return <double>single
+        if dtype == _BOOL and f.size == 1 and f.inline_ <= 1:
+            return f.inline_ == 1
+        if dtype == _NONE and f.size == 0:
+            return None
         if f.size <= 8:
             if dtype == _BYTES:
                 return PyBytes_FromStringAndSize(<char *>&f.inline_, f.size)
             if dtype == _STR:
                 return PyUnicode_DecodeUTF8(<char *>&f.inline_, f.size, NULL)
         payload = memoryview(b"")
-    elif payload is None:
-        payload = memoryview(bytearray())
     elif dtype == _STR:
         return PyUnicode_DecodeUTF8(<char *>(<Block>payload).data, f.size, NULL)
     elif dtype == _ARRAY:
@@ -236,9 +248,59 @@ cdef object _scalar_array(cnp.ndarray values, int dtype):
 
 
 cdef cnp.ndarray _array_of(int dtype, Py_ssize_t length):
+    """A fresh 1-d array; a large one in warm memory."""
     cdef cnp.npy_intp dims[1]
+    cdef cnp.dtype descr = cnp.PyArray_DescrFromType(_dtype_to_num[dtype])
+    cdef Block block
     dims[0] = length
-    return cnp.PyArray_EMPTY(1, dims, _dtype_to_num[dtype], 0)
+    if length * descr.itemsize <= BLOCK_MIN // 2:
+        return cnp.PyArray_EMPTY(1, dims, descr.num, 0)
+    block = _block(length * descr.itemsize)
+    Py_INCREF(descr)  # stolen by the call
+    out = PyArray_NewFromDescr(<void *>cnp.ndarray, descr, 1, dims, NULL, block.data, NPY_ARRAY_CARRAY, None)
+    Py_INCREF(block)
+    PyArray_SetBaseObject(out, block)
+    return out
+
+
+cdef inline uint64_t _element(const uint8_t *data, Py_ssize_t i, Py_ssize_t width) noexcept nogil:
+    """Element i of an array of scalars, zero-extended. memcpy of known sizes: the address need not be aligned."""
+    cdef uint64_t value = 0
+    if width == 8:
+        memcpy(&value, data + i * 8, 8)
+    elif width == 4:
+        memcpy(&value, data + i * 4, 4)
+    elif width == 2:
+        memcpy(&value, data + i * 2, 2)
+    else:
+        value = data[i]
+    return value
+
+
+cdef inline void _set_element(uint8_t *data, Py_ssize_t i, Py_ssize_t width, uint64_t value) noexcept nogil:
+    if width == 8:
+        memcpy(data + i * 8, &value, 8)
+    elif width == 4:
+        memcpy(data + i * 4, &value, 4)
+    elif width == 2:
+        memcpy(data + i * 2, &value, 2)
+    else:
+        data[i] = <uint8_t>value
+
+
+cdef inline bint _is_plain(up_frame *f, bint scalars) noexcept nogil:
+    """An inline value whose decoding cannot fail. scalars: numbers and bools only."""
+    if not f.flags & UP_FLAG_INLINE:
+        return False
+    if _BOOL <= f.dtype <= _F64:
+        return f.size == <uint64_t>_scalar_width[f.dtype] and (f.dtype != _BOOL or f.inline_ <= 1)
+    if scalars:
+        return False
+    if f.dtype == _BYTES:
+        return f.size <= 8
+    if f.dtype == _STR:
+        return f.size <= 8 and not f.inline_ & <uint64_t>0x8080808080808080
+    return f.dtype == _NONE and f.size == 0
 
 
 def _sorted_positions(positions):

@@ -10,6 +10,20 @@ def fan_send(tuple rings, value, int dtype=-1, uint64_t execution=0, tuple keys=
     Args:
         keys: hash of the partition key per ring, or empty.
     """
+    cdef Ring ring
+    cdef Py_ssize_t begun = 0, i
+    try:
+        for ring in rings:
+            ring._begin()
+            begun += 1
+        return _fan_send(rings, value, dtype, execution, keys, flags)
+    finally:
+        for i in range(begun):
+            ring = rings[i]
+            ring._done()
+
+
+cdef _fan_send(tuple rings, value, int dtype, uint64_t execution, tuple keys, int flags):
     cdef Out o
     cdef Ring ring
     cdef Py_ssize_t i, locked, full
@@ -19,10 +33,10 @@ def fan_send(tuple rings, value, int dtype=-1, uint64_t execution=0, tuple keys=
     cdef list parts, chosen = list(rings), refused = []
     if len(chosen) > 64:
         raise ValueError(f"one emit reaches at most 64 queues, not {len(chosen)}")
-    for ring in chosen:
-        ring._produce()
     ring = chosen[0]
     parts = _encode(value, dtype, &o, ring.allow_pickle)
+    for ring in chosen:
+        ring._produce()
     o.m.execution = execution
     o.m.flags |= flags
     need = up_need(o.m.size, o.m.flags)
@@ -55,6 +69,8 @@ def fan_send(tuple rings, value, int dtype=-1, uint64_t execution=0, tuple keys=
         if full < 0:
             break
         ring = chosen[full]
+        if ring._skip_padding():
+            continue
         if ring.r.c.policy == UP_POLICY_BLOCK:
             return False
         if ring._full(need, False) == UP_REFUSED:  # counted only when the emit as a whole succeeds
@@ -76,8 +92,7 @@ def fan_send(tuple rings, value, int dtype=-1, uint64_t execution=0, tuple keys=
             except BaseException:
                 for k in range(i, len(chosen)):
                     ring = chosen[k]
-                    up_abort(&ring.r, pos[k])
-                    up_wake_consumers(&ring.r, 1)
+                    ring._abort(pos[k])
                 raise
             up_commit(&ring.r, pos[i], &o.m, crc)
         up_wake_consumers(&ring.r, 1)

@@ -38,6 +38,17 @@ cdef class Ready:
     def __next__(self):
         raise StopIteration(self.value)
 
+    # With these it is a Coroutine to asyncio, so that create_task(me.get_sync()) works whether it is done or not.
+
+    def send(self, value):
+        raise StopIteration(self.value)
+
+    def throw(self, kind, value=None, stack=None):
+        raise kind if value is None else value
+
+    def close(self):
+        pass
+
 
 cdef PySendResult up_ready_send(object self, object arg, void **result) noexcept:
     value = (<Ready>self).value

@@ -102,7 +102,7 @@ cdef extern from "_ring.h" nogil:
         UP_OPT_NO_PICKLE, UP_OPT_NO_CRC, UP_OPT_SUPERVISED
         UP_FLAG_INLINE, UP_FLAG_REPLY, UP_FLAG_ERROR, UP_FLAG_SHAPE
         UP_PRODUCER_DECLARED, UP_PRODUCER_OPEN, UP_PRODUCER_CLOSED
-    const uint32_t UP_COMMITTED, UP_TAKEN, UP_AVAILABLE, UP_FINISHED, UP_DEAD
+    const uint32_t UP_CLAIMED, UP_COMMITTED, UP_TAKEN, UP_AVAILABLE, UP_FINISHED, UP_DEAD, UP_ABORTED
     const uint32_t UP_NONE, UP_SLOTS, UP_PRODUCERS, UP_GRANULE, UP_VERSION, UP_FRAME_MAGIC
     const uint64_t UP_MAX_RING
 
@@ -162,4 +162,5 @@ cdef extern from "_ring.h" nogil:
     uint32_t up_crc32_header(const void *h, uint32_t crc)
     uint64_t UP_LD(uint64_t *p)
     uint64_t UP_LDA(uint64_t *p)
+    void UP_ST32 "UP_STR"(uint32_t *p, uint32_t value)
     void UP_PAUSE()

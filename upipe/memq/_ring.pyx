@@ -5,9 +5,11 @@ Waiting, in every blocking call: try; spin briefly; arm (set the waiting bit); t
 and, in a stand-alone queue, on pidfds of the other participants. The second try under the lock makes the sleep safe.
 """
 
+import errno as _errno
 import os
 import queue as _queue
 import time as _time
+import weakref as _weakref
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
@@ -17,20 +19,20 @@ from cpython.float cimport PyFloat_AS_DOUBLE
 from cpython.ref cimport Py_INCREF
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.errno cimport EINTR, errno
-from libc.math cimport INFINITY, isinf
+from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free
-from libc.string cimport memcpy, strlen
+from libc.string cimport memcpy
 
 cimport numpy as cnp
 
 from upipe import frame as _frame
 from upipe.errors import (
+    EncodeError,
     EndOfStream,
     FrameCorrupt,
     FrameError,
     FrameTooLarge,
-    PickleRefused,
     QueueClosed,
     QueueError,
     QueueStuck,
@@ -50,8 +52,14 @@ cdef extern from "<poll.h>" nogil:
 
 cdef extern from "<time.h>" nogil:
     const int CLOCK_MONOTONIC
+    const int CLOCK_MONOTONIC_COARSE
     const int CLOCK_REALTIME
-    const int CLOCK_REALTIME_COARSE
+
+cdef extern from "<unistd.h>" nogil:
+    Py_ssize_t c_write "write"(int fd, const void *data, size_t size)
+    int c_close "close"(int fd)
+    int c_unlink "unlink"(const char *path)
+    int getpid()
 
 cdef extern from "<stdlib.h>" nogil:
     int posix_memalign(void **out, size_t alignment, size_t size)
@@ -69,15 +77,16 @@ cdef extern from "numpy/arrayobject.h":
 
 include "_memory.pxi"
 include "_codec.pxi"
+include "_doorbell.pxi"
 
 cdef enum:
-    MAX_WATCH = 64          # pidfds beside the doorbell in one poll
     LARGE = 32768           # payload bytes from which a copy runs without the GIL
     BATCH = 256             # frames moved per lock by put_many and get_many
     SPIN_MAX = 2000         # pause instructions before arming; halves when spinning did not help
 
 cdef double LOCK_PATIENCE = 10.0
 cdef double ALONE = 0.05    # seconds asleep before a stand-alone queue also watches its peers
+cdef double LAZY = 0.002    # seconds a producer sleeps for some room at once, before it sleeps for just the room it needs
 
 cdef int _generation = 0    # raised in every forked child: handles join again there, with slots and bells of their own
 
@@ -124,6 +133,7 @@ cdef struct Waiting:
     uint64_t need               # ring bytes wanted
     double timeout, deadline    # seconds; deadline 0 = not started
     bint armed, fresh           # counted as a sleeper; armed since the last try
+    bint exact                  # asks for no more room than it needs
 
 
 cdef inline void _waiting(Waiting *w, int producer, uint64_t need, double timeout) noexcept:
@@ -131,23 +141,38 @@ cdef inline void _waiting(Waiting *w, int producer, uint64_t need, double timeou
     w.need = need
     w.timeout = timeout
     w.deadline = 0
-    w.armed = w.fresh = False
+    w.armed = w.fresh = w.exact = False
+
+
+cdef object _handles = _weakref.WeakSet()
+cdef int _exit_pid = 0      # process whose exit closes its handles
+
+
+def close_handles():
+    """At the end of this process: leave every queue, so that ends of stream are closed and slots are free at once."""
+    for ring in list(_handles):
+        (<Ring>ring)._at_exit()
 
 
 cdef class Ring:
     """One handle of one queue (see MemQ, which adds names, files and pickling).
 
-    A handle belongs to its process; in a forked child it joins the queue again by itself. Threads may share it.
+    A handle belongs to its process; in a forked child it joins the queue again by itself. Threads and tasks may share
+    it: each get, put, reserve and borrow stands for itself, take() holds one frame per handle.
     """
     cdef up_ring r
     cdef int generation
     cdef bint closed, mapped, supervised
     cdef readonly bint allow_pickle
     cdef public bint interrupted  # waits end at once, as if their time were over (a worker that drains)
+    cdef int users                # operations, reservations and loans under way; close() leaves when they are done
     cdef uint64_t held            # position + 1 of the frame that take() holds, 0 = none
     cdef up_frame last            # header of the frame that was read last
-    cdef object bells, wakeup     # (consumer Bell | None, producer Bell | None), module upipe.memq.wakeup
-    cdef object watch
+    cdef Doorbell bell_frames, bell_room  # of the consumer's and of the producer's end, made at the first sleep
+    cdef object wakeup            # module upipe.memq.wakeup
+    cdef object watch             # PeerWatch of a stand-alone queue, made at the first long sleep
+    cdef double looked            # when a try that cannot wait looked for dead peers last
+    cdef object trouble           # an exception that get_many met after good values: raised by the next get
     cdef int spin[2]
     cdef uint64_t execution       # execution id for the frames to come
     cdef readonly str label
@@ -159,19 +184,19 @@ cdef class Ring:
         self.r.slot = UP_NONE
         self.r.producer = UP_NONE
         self.spin[0] = self.spin[1] = SPIN_MAX // 4
-        self.bells = [None, None]
 
     cdef _opened(self, str root, str label):
+        self.mapped = True
         raw = os.fsencode(root)
         if len(raw) >= 160:
             raise QueueError(f"the path {root} is longer than 159 bytes; set UPIPE_SHM to a shorter one")
         memcpy(self.r.root, PyBytes_AS_STRING(raw), len(raw) + 1)
         self.r.root_hash = up_bell_hash(self.r.root)
         self.generation = _generation
-        self.mapped = True
         self.label = label
         self.allow_pickle = not (self.r.c.options & UP_OPT_NO_PICKLE)
         self.supervised = (self.r.c.options & UP_OPT_SUPERVISED) != 0
+        _handles.add(self)
 
     def _create(self, int fd, uint64_t capacity, int policy, uint64_t max_frames, uint32_t options, str root, str label):
         """Format the file behind fd and map it."""
@@ -200,59 +225,121 @@ cdef class Ring:
     # ---------------------------------------------------------------- joining and leaving
 
     cdef int _enter(self) except -1:
-        """Before every operation: open, and joined in this very process."""
+        """Open, and joined in this very process?"""
         if self.closed or not self.mapped:
             raise QueueClosed(f"this handle of queue {self.label} is closed")
-        if self.generation != _generation:
+        if self.generation != _generation:  # a forked child: what the parent joined, holds and sleeps on is not ours
             self.generation = _generation
             self.r.slot = UP_NONE
             self.r.producer = UP_NONE
             self.held = 0
-            self.bells = [None, None]
+            self.users = 0
+            self.bell_frames = self.bell_room = None
             self.watch = None
+            self.trouble = None
         if self.r.slot == UP_NONE:
             self._join()
         return 0
 
+    cdef inline int _begin(self) except -1:
+        """Before every operation. _done() ends it, in a finally."""
+        if self.closed or self.generation != _generation or self.r.slot == UP_NONE:
+            self._enter()
+        self.users += 1
+        return 0
+
+    cdef inline void _done(self) noexcept:
+        self.users -= 1
+        if self.closed and self.users == 0:
+            self._depart()
+
+    cdef int _mapped(self) except -1:
+        """For what only reads the segment, which a closed handle still can."""
+        if not self.mapped:
+            raise QueueClosed("this handle was never opened; use MemQ(...) or MemQ.attach(name)")
+        return 0
+
     cdef _join(self):
+        global _exit_pid
         cdef int rc = UP_NOSLOT
+        if _exit_pid != getpid():
+            from upipe.memq import segment
+            segment.at_exit(close_handles, -50)
+            _exit_pid = getpid()
         for attempt in range(2):
             self._lock(self.r.c.registry_lock)
+            if self.r.slot != UP_NONE:  # another thread of ours was faster
+                up_unlock(self.r.c.registry_lock)
+                return
             rc = up_join_locked(&self.r)
+            if rc == UP_OK and self.r.slots[self.r.slot].start == 0:  # nobody could find our bells, or prove us dead
+                UP_ST32(&self.r.slots[self.r.slot].pid, 0)
+                self.r.slot = UP_NONE
+                rc = UP_SYSTEM
             up_unlock(self.r.c.registry_lock)
-            if rc == UP_OK:
+            if rc != UP_NOSLOT:
                 break
             self.recover_dead()
+        if rc == UP_SYSTEM:
+            raise QueueError(f"cannot read /proc/self/stat to join queue {self.label}: no file descriptor is left "
+                             "(ulimit -n), or /proc is not mounted")
         if rc != UP_OK:
             raise TooManyParticipants(f"queue {self.label} has {UP_SLOTS} live participants, the most it can have")
         if not self.supervised:
             up_wake_all(&self.r)  # sleepers watch the newcomer's pidfd from now on
 
     cdef int _produce(self) except -1:
-        self._enter()
         if self.r.producer == UP_NONE:
-            if up_auto_producer(&self.r) != UP_OK:
+            self._enter()
+            if self.r.producer == UP_NONE and up_auto_producer(&self.r) != UP_OK:
                 raise TooManyParticipants(f"queue {self.label} has {UP_PRODUCERS} open producers, the most it can have")
         return 0
 
     def close(self):
-        """Close this handle and this producer's end of stream; what it holds is given back. Idempotent."""
-        cdef size_t found
+        """Close this handle and this producer's end of stream; what it holds is given back. Idempotent.
+
+        Threads and tasks that wait on it get QueueClosed. While an operation, a reservation or a loan is under way in
+        another thread, the handle leaves the queue when that is done.
+        """
         if self.closed or not self.mapped:
             return
-        if self.generation == _generation and self.r.slot != UP_NONE:
-            up_recover(&self.r, self.r.slot, 0, NULL, 0, &found, NULL, 0)
         self.closed = True
-        for bell in self.bells:
-            if bell is not None and self.generation == _generation:
+        if self.generation != _generation:
+            return
+        if self.users == 0:
+            self._depart()
+        else:
+            for bell in (self.bell_frames, self.bell_room):
+                if bell is not None:
+                    bell.closing()
+
+    @property
+    def is_closed(self):
+        """True after close()."""
+        return bool(self.closed)
+
+    cdef _depart(self):
+        cdef size_t found
+        if self.generation != _generation:
+            return
+        if self.r.slot != UP_NONE:
+            up_recover(&self.r, self.r.slot, 0, NULL, 0, &found, NULL, 0)
+            self.r.slot = self.r.producer = UP_NONE
+        self.held = 0
+        for bell in (self.bell_frames, self.bell_room, self.watch):
+            if bell is not None:
                 bell.close()
-        self.bells = [None, None]
+        self.bell_frames = self.bell_room = self.watch = None
+
+    cdef _at_exit(self):
+        if self.users == 0:  # else a daemon thread is inside, and the others see our end by our pidfd
+            self.close()
+
+    def __del__(self):
+        self.close()
 
     def __dealloc__(self):
-        cdef size_t found
         if self.mapped:
-            if not self.closed and self.generation == _generation and self.r.slot != UP_NONE:
-                up_recover(&self.r, self.r.slot, 0, NULL, 0, &found, NULL, 0)
             up_unmap(&self.r)
 
     cdef int _lock(self, uint64_t *area) except -1:
@@ -267,18 +354,34 @@ cdef class Ring:
 
     # ---------------------------------------------------------------- sleeping
 
-    cdef object _bell(self, int producer):
-        bell = self.bells[producer]
+    cdef Doorbell _bell(self, int producer):
+        cdef Doorbell bell = self.bell_room if producer else self.bell_frames
+        cdef Doorbell other
         if bell is None:
             if self.wakeup is None:
                 from upipe.memq import wakeup
                 self.wakeup = wakeup
-            bell = self.bells[producer] = self.wakeup.Bell()
+            try:
+                bell = self.wakeup.Bell()
+            except OSError as error:
+                self._no_descriptor(error)
+                raise
+            other = self.bell_room if producer else self.bell_frames
+            if other is not None:  # another thread was faster
+                bell.close()
+                return other
             if producer:
+                self.bell_room = bell
                 self.r.slots[self.r.slot].bell_producer = bell.id
             else:
+                self.bell_frames = bell
                 self.r.slots[self.r.slot].bell_consumer = bell.id
         return bell
+
+    cdef _no_descriptor(self, error):
+        if error.errno in (_errno.EMFILE, _errno.ENFILE):
+            raise QueueError(f"cannot sleep on queue {self.label}: no file descriptor is left (ulimit -n); nothing was put "
+                             "or taken; close some, or raise the limit") from error
 
     cdef inline uint64_t *_bits(self, int producer) noexcept:
         if producer:
@@ -288,16 +391,16 @@ cdef class Ring:
     cdef int _spin(self, int producer) noexcept:
         """Spin while nothing changes; 1 when something did. The length follows how often spinning helped."""
         cdef int i, n = self.spin[producer]
-        cdef uint64_t *word = &self.r.c.head
-        cdef uint64_t before, next_
-        cdef uint64_t *state = NULL
+        cdef uint64_t *word = &self.r.c.tail
+        cdef uint64_t before
         cdef int hit = 0
-        if producer:
-            word = &self.r.c.tail
-        before = UP_LD(word)
         if not producer:
-            next_ = UP_LD(&self.r.c.next)
-            state = up_state_at(&self.r, next_)
+            before = UP_LD(&self.r.c.next)
+            if before == up_position(UP_LDA(&self.r.c.head)):
+                word = &self.r.c.head  # nothing claimed: wait for a claim
+            else:
+                word = up_state_at(&self.r, before)  # the next frame is being written: wait for its commit
+        before = UP_LD(word)
         with nogil:
             for i in range(n):
                 UP_PAUSE()
@@ -310,16 +413,31 @@ cdef class Ring:
             self.spin[producer] = max(16, n // 2)
         return hit
 
-    def arm(self, int producer, uint64_t need=0):
-        """Set the waiting bit (bell ready). Try again after this, then sleep on fd(producer)."""
-        cdef uint64_t head, tail, want
-        self._enter()
-        self._bell(producer)
+    def arm(self, int producer, uint64_t need=0, bint exact=False):
+        """Set the waiting bit (bell ready). Try again after this, then sleep on bell(producer).fd.
+
+        Args:
+            producer: 1 waits for room, 0 for a frame.
+            need: ring bytes that must be free, 0 = wake whenever some come free.
+            exact: False waits until an eighth of the ring is free, so that a fast producer is not woken for each frame.
+                Who is not exact must look again after a moment if anything can depend on it: room for one frame may be
+                all that comes.
+        """
+        self._begin()
+        try:
+            self._arm(producer, self._bell(producer), need, need != 0 and not exact)
+        finally:
+            self._done()
+
+    cdef void _arm(self, int producer, Doorbell bell, uint64_t need, bint lazy) noexcept:
+        cdef uint64_t head, want = 0, free_ = need
         if producer:
-            head = up_position(UP_LDA(&self.r.c.head))
-            want = 0
-            if need and not self.r.c.max_frames and head + need > self.r.capacity:
-                want = min(head, head + need - self.r.capacity + self.r.capacity // 8)  # some room at once, not one frame
+            if lazy:
+                free_ = min(max(need, self.r.capacity // 8), self.r.capacity)
+            if free_ and not self.r.c.max_frames and bell.sleepers + bell.tasks <= 1:  # more waiters: each has its own need
+                head = up_position(UP_LDA(&self.r.c.head))
+                if head + free_ > self.r.capacity:
+                    want = head + free_ - self.r.capacity
             self.r.slots[self.r.slot].need_tail = want
             self.r.c.full_waits += 1
         else:
@@ -328,74 +446,124 @@ cdef class Ring:
 
     def disarm(self, int producer):
         """Clear the waiting bit. False: somebody rang, so who leaves without a frame passes the wake on."""
+        if self.closed or self.generation != _generation or self.r.slot == UP_NONE:
+            return True
         return bool(up_disarm(&self.r, self._bits(producer)))
 
     def pass_on(self, int producer):
         """Wake another sleeper in our stead."""
+        self._mapped()
         if producer:
             up_wake_producers(&self.r)
         else:
             up_wake_consumers(&self.r, 1)
 
+    def left(self, int producer):
+        """A waiter on bell(producer) is done waiting, with or without success: nobody's wake is lost."""
+        self._left_bell(producer)
+
+    cdef void _left_bell(self, int producer) noexcept:
+        """The next on this bell looks when there may be more for it (the bit tells nothing about the frames before it was
+        set, which we may have set ourselves). When there is none, the bit goes, and a wake that we were given goes on to
+        another process if there is more than we took."""
+        cdef Doorbell bell = self.bell_room if producer else self.bell_frames
+        if bell is None or self.closed or self.generation != _generation or self.r.slot == UP_NONE:
+            return
+        if bell.sleepers + bell.tasks > 0:
+            if (producer or self._something()
+                    or not UP_LD(&self._bits(producer)[self.r.slot // 64]) >> (self.r.slot & 63) & 1):
+                bell.ring()
+        elif not up_disarm(&self.r, self._bits(producer)) and not producer and self._something():
+            up_wake_consumers(&self.r, 1)
+
+    cdef bint _something(self) noexcept:
+        """Is there a frame to take, or the end to learn? (A hint, without the lock: yes when in doubt.)"""
+        cdef uint64_t at = UP_LD(&self.r.c.next)
+        if UP_LD(&self.r.c.redeliver):
+            return True
+        if at == up_position(UP_LDA(&self.r.c.head)):
+            return up_ended(&self.r) != 0
+        return up_kind(UP_LDA(up_state_at(&self.r, at))) != UP_CLAIMED  # its commit wakes somebody
+
     def bell(self, int producer):
         """The doorbell of this handle for frames (0) or room (1): a file descriptor to watch is its .fd."""
-        self._enter()
-        return self._bell(producer)
+        self._begin()
+        try:
+            return self._bell(producer)
+        finally:
+            self._done()
 
     cdef bint _again(self, Waiting *w) except -1:
         """After a try that failed: spin, arm or sleep; False when it is time to give up."""
         cdef int rc
+        cdef Doorbell bell
         if w.timeout <= 0 or self.interrupted:
-            return False
+            return w.deadline == 0 and not self.supervised and self._peers_ended()
         if w.deadline == 0:
             w.deadline = _now() + w.timeout
             if self._spin(w.producer):
                 return True
         if not w.fresh:  # arm, and let the caller try once more before we sleep
-            self.arm(w.producer, w.need)
-            w.fresh = True
+            bell = self._bell(w.producer)
             if not w.armed:
                 w.armed = True
-                self.bells[w.producer].sleepers += 1
+                bell.sleepers += 1
+            self._arm(w.producer, bell, w.need, not w.exact)
+            w.fresh = True
             return True
         w.fresh = False
         try:
-            rc = self._sleep(w.producer, w.deadline)
+            rc = self._sleep(w.producer, w.deadline, w.need != 0 and not w.exact)
         except BaseException:
-            if not up_disarm(&self.r, self._bits(w.producer)):
-                self.pass_on(w.producer)
             self._left(w, 0)
             raise
         if rc == 0:
             w.timeout = 0
+        elif rc == 2:
+            w.exact = True
+        if self.closed:
+            self._left(w, 0)
+            raise QueueClosed(f"this handle of queue {self.label} was closed while it waited")
         return True
 
-    cdef int _left(self, Waiting *w, int rc) except -100:
-        """Done waiting. Other threads and tasks may sleep on the same bell: they look again."""
+    cdef int _left(self, Waiting *w, int rc) noexcept:
+        """Done waiting. Runs no Python code: a signal handler must not raise between a take and its return."""
+        cdef Doorbell bell = self.bell_room if w.producer else self.bell_frames
         if w.armed:
-            up_disarm(&self.r, self._bits(w.producer))
             w.armed = False
-            bell = self.bells[w.producer]
             bell.sleepers -= 1
-            bell.left()
+            self._left_bell(w.producer)
         return rc
 
-    cdef int _sleep(self, int producer, double deadline) except -1:
-        """Sleep until the bell, a peer's death or the deadline. 0 when the deadline passed."""
-        cdef pollfd fds[MAX_WATCH + 1]
-        cdef int n = 1, rc = 0, timeout, i
-        cdef double left
-        cdef bint watching = False
-        bell = self._bell(producer)
+    cdef int _sleep(self, int producer, double deadline, bint lazy) except -1:
+        """Sleep until the bell, a peer's death or the deadline. 0 when the deadline passed, 2 when LAZY did, else 1."""
+        cdef pollfd fds[2]
+        cdef int n = 1, rc = 0, timeout
+        cdef double left, start = _now(), most
+        cdef Doorbell bell = self._bell(producer)
         fds[0].fd = bell.fd
         fds[0].events = POLLIN
+        fds[1].events = POLLIN
         while True:
-            left = deadline - _now()
+            left = most = deadline - _now()
             if left <= 0:
                 return 0
-            if not self.supervised and not watching:
-                left = min(left, ALONE)
-            timeout = -1 if left > 1e6 else <int>(left * 1000) + 1
+            if lazy:
+                most = min(left, start + LAZY - _now())
+                if most <= 0:
+                    return 2
+            n = 1
+            if not self.supervised:
+                if self.watch is not None and self.watch.joined == self.r.c.joined:
+                    fds[1].fd = self.watch.fd
+                    n = 2
+                else:
+                    most = min(most, start + ALONE - _now())
+                    if most <= 0:
+                        if self._watch():
+                            return 1
+                        continue
+            timeout = -1 if most > 1e6 else <int>(most * 1000) + 1
             with nogil:
                 rc = c_poll(fds, n, timeout)
             if rc < 0 and errno != EINTR:
@@ -404,36 +572,93 @@ cdef class Ring:
                 PyErr_CheckSignals()
                 continue
             if rc > 0:
+                if self.closed:
+                    return 1  # the bell stays rung: all that sleep on it shall see this
                 if fds[0].revents:
                     up_bell_drain(fds[0].fd)
-                for i in range(1, n):
-                    if fds[i].revents:
-                        self.recover_dead()
-                        break
+                if n == 2 and fds[1].revents:
+                    self._watch()
                 return 1
-            if self.supervised or watching:
-                continue
-            watching = True
-            peers = self._peers()
-            if peers is None:
-                return 1
-            for fd in peers[:MAX_WATCH]:
-                fds[n].fd = fd
-                fds[n].events = POLLIN
-                n += 1
 
-    cdef object _peers(self):
+    cdef bint _watch(self) except -1:
+        """Watch the pidfds of all peers. True when some had ended: they are recovered, so try again."""
+        cdef uint32_t joined = self.r.c.joined
         if self.watch is None:
-            self.watch = self.wakeup.PeerWatch()
-        fds = self.watch.fds(self.peers())
-        if fds is None:  # one of them is dead already
+            if self.wakeup is None:
+                from upipe.memq import wakeup
+                self.wakeup = wakeup
+            try:
+                watch = self.wakeup.PeerWatch()
+            except OSError as error:
+                self._no_descriptor(error)
+                raise
+            if self.watch is None:  # no other thread was faster
+                self.watch = watch
+        try:
+            ended = self.watch.refresh(self._watchable(), joined)
+        except OSError as error:
+            self._no_descriptor(error)
+            raise
+        if ended:
             self.recover_dead()
-        return fds
+            self.watch.joined = -1  # their slots are free now: look at the list again before the next sleep
+        return ended
+
+    def watch_fd(self):
+        """For event loops: a descriptor that becomes readable when a peer ends (then call look()), -1 when a supervisor
+        watches instead."""
+        self._begin()
+        try:
+            while not self.supervised:
+                if (self.watch is not None and self.watch.joined == self.r.c.joined) or not self._watch():
+                    return self.watch.fd
+            return -1
+        finally:
+            self._done()
+
+    def attend(self):
+        """Let the running event loop recover peers that end, while its tasks wait (after watch_fd())."""
+        if self.watch is not None:
+            self.watch.attend(self)
+
+    def look(self):
+        """Recover the peers that ended. True when there were any."""
+        self._begin()
+        try:
+            return bool(self._watch())
+        finally:
+            self._done()
+
+    cdef bint _peers_ended(self) except -1:
+        """For tries that never sleep: at most every ALONE seconds, see whether a peer died with what we want."""
+        cdef pollfd one
+        cdef double now = <double>up_now_ns(CLOCK_MONOTONIC_COARSE) * 1e-9
+        if now - self.looked < ALONE:
+            return False
+        self.looked = now
+        try:
+            if self.watch is None or self.watch.joined != self.r.c.joined:
+                return self._watch()
+            one.fd = self.watch.fd
+            one.events = POLLIN
+            return c_poll(&one, 1, 0) > 0 and self._watch()
+        except QueueError as error:
+            if isinstance(error, QueueStuck):
+                raise
+            return False  # no descriptor left: then later
+
+    cdef list _watchable(self):
+        cdef uint32_t i
+        mine = os.getpid()
+        cdef uint64_t here = self.r.slots[self.r.slot].pidns  # a pid of another namespace means nothing here
+        return [(self.r.slots[i].pid, self.r.slots[i].start) for i in range(UP_SLOTS)
+                if self.r.slots[i].pid and self.r.slots[i].pid != mine and self.r.slots[i].pidns == here]
 
     # ---------------------------------------------------------------- putting
 
     cdef int _copy_in(self, uint64_t pos, Out *o, list parts, uint32_t *crc) except -1:
         cdef uint8_t *to = up_payload(&self.r, pos)
+        cdef uint64_t left = o.m.size
         cdef Py_buffer view
         cdef bint check = not (self.r.c.options & UP_OPT_NO_CRC)
         cdef uint32_t c = 0
@@ -449,10 +674,21 @@ cdef class Ring:
         else:
             for part in parts:
                 PyObject_GetBuffer(part, &view, PyBUF_SIMPLE)
-                with nogil:
-                    c = up_crc32_copy(c, to, view.buf, view.len)
-                to += view.len
-                PyBuffer_Release(&view)
+                try:
+                    if <uint64_t>view.len > left:
+                        break
+                    with nogil:
+                        c = up_crc32_copy(c, to, view.buf, view.len)
+                    to += view.len
+                    left -= view.len
+                finally:
+                    PyBuffer_Release(&view)
+            else:
+                if left == 0:
+                    crc[0] = c
+                    return 0
+            raise EncodeError(f"the buffers of a value changed their size while it was put into queue {self.label}; "
+                              "nothing was put")
         crc[0] = c
         return 0
 
@@ -477,22 +713,52 @@ cdef class Ring:
             pos = up_claim(&self.r, need, o.m.size)
         up_unlock(self.r.c.producer_lock)
         if rc != UP_OK:
-            return self._full(need)
+            return UP_AGAIN if self._skip_padding() else self._full(need)
         try:
             self._copy_in(pos, o, parts, &crc)
         except BaseException:
-            up_abort(&self.r, pos)
-            up_wake_consumers(&self.r, 1)
+            self._abort(pos)
             raise
         up_commit(&self.r, pos, &o.m, crc)
         up_wake_consumers(&self.r, 1)
         return UP_OK
 
-    cdef int _drop(self, uint64_t need, bint all_) except -1:
-        self._lock(self.r.c.consumer_lock)
-        up_drop(&self.r, need, all_)
+    cdef void _abort(self, uint64_t pos) noexcept:
+        """A claim of ours becomes padding."""
+        if self.r.producer != UP_NONE:
+            self.r.producers[self.r.producer].aborted += 1  # as recovery counts it: emitted() leaves it out
+        up_abort(&self.r, pos)
+        up_wake_consumers(&self.r, 1)
+
+    cdef void _unlock_consumers(self, uint64_t before) noexcept:
+        """Leave the consumers' lock. When tail moved since `before`, those who wait for room or for the end hear of it."""
+        cdef uint64_t after = UP_LD(&self.r.c.tail)
         up_unlock(self.r.c.consumer_lock)
+        if after != before:
+            up_wake_producers(&self.r)
+            if up_ended(&self.r):
+                up_wake_consumers(&self.r, UP_SLOTS)
+
+    cdef int _drop(self, uint64_t need, bint all_) except -1:
+        cdef uint64_t before
+        self._lock(self.r.c.consumer_lock)
+        before = UP_LD(&self.r.c.tail)
+        up_drop(&self.r, need, all_)
+        self._unlock_consumers(before)
         return 0
+
+    cdef bint _skip_padding(self) except -1:
+        """Free unfinished writes that no consumer has passed yet, since none may be there. True when room came of it."""
+        cdef uint64_t at = UP_LD(&self.r.c.next), before, pos, span
+        cdef bint moved
+        if at == up_position(UP_LDA(&self.r.c.head)) or up_kind(UP_LDA(up_state_at(&self.r, at))) != UP_ABORTED:
+            return False
+        self._lock(self.r.c.consumer_lock)
+        before = UP_LD(&self.r.c.tail)
+        up_peek(&self.r, &pos, &span)
+        moved = UP_LD(&self.r.c.tail) != before
+        self._unlock_consumers(before)
+        return moved
 
     cdef int _fits(self, uint64_t need) except -1:
         if need > self.r.capacity:
@@ -518,10 +784,13 @@ cdef class Ring:
         cdef Waiting w
         cdef int rc
         _waiting(&w, 1, up_need(o.m.size, o.m.flags), timeout)
-        while True:
-            rc = self._try_put(o, parts)
-            if rc != UP_AGAIN and (rc != UP_FULL or not self._again(&w)):
-                return self._left(&w, rc)
+        try:
+            while True:
+                rc = self._try_put(o, parts)
+                if rc != UP_AGAIN and (rc != UP_FULL or not self._again(&w)):
+                    return rc
+        finally:
+            self._left(&w, 0)
 
     def put(self, value, block=True, timeout=None, *, int dtype=-1, uint32_t key=0):
         """Put one value, waiting for room.
@@ -536,164 +805,204 @@ cdef class Ring:
         Raises:
             queue.Full, EncodeError, FrameTooLarge, QueueClosed, PickleRefused.
         """
-        cdef Out o
-        cdef double wait = _timeout(block, timeout)
-        self._produce()
-        parts = _encode(value, dtype, &o, self.allow_pickle)
-        o.m.key = key
-        o.m.execution = self.execution
-        if self._put(&o, parts, wait) == UP_FULL:
+        if not self._send(value, dtype, _timeout(block, timeout), self.execution, key, 0):
             raise _queue.Full
 
     def put_nowait(self, value):
         """put(value, block=False)."""
-        self.put(value, False)
+        if not self._send(value, -1, 0.0, self.execution, 0, 0):
+            raise _queue.Full
 
     def send(self, value, int dtype=-1, double timeout=0.0, uint64_t execution=0, uint32_t key=0, int flags=0):
         """The runtime's put: True when it is in (or was dropped by policy), False when there was no room in time."""
+        return self._send(value, dtype, timeout, execution, key, flags)
+
+    cdef bint _send(self, value, int dtype, double timeout, uint64_t execution, uint32_t key, int flags) except -1:
         cdef Out o
-        self._produce()
-        parts = _encode(value, dtype, &o, self.allow_pickle)
-        o.m.execution = execution
-        o.m.key = key
-        o.m.flags |= flags
-        return self._put(&o, parts, timeout) != UP_FULL
+        self._begin()
+        try:
+            parts = _encode(value, dtype, &o, self.allow_pickle)
+            self._produce()  # after the value has proved good: who puts nothing has no end of stream to close
+            o.m.execution = execution
+            o.m.key = key
+            o.m.flags |= flags
+            return self._put(&o, parts, timeout) != UP_FULL
+        finally:
+            self._done()
 
     def put_many(self, values, int dtype=-1, timeout=None):
         """Put each element of an iterable, or each scalar of a 1-d array, as a frame of its own; many frames per lock.
 
         Returns the number of frames put: all of them, or fewer when `timeout` (seconds, None = for ever) ran out.
+        When an element cannot be put (EncodeError, FrameTooLarge ...), those before it are in.
         """
         cdef double wait = _timeout(True, timeout), deadline
-        self._produce()
-        deadline = _now() + wait
-        if isinstance(values, cnp.ndarray):
-            flat = _scalar_array(values, dtype)
-            if flat is not None:
-                return self._put_array(flat, deadline)
-            values = values.tolist() if values.ndim == 1 and values.dtype != object else list(values)
-        return self._put_sequence(values if isinstance(values, (list, tuple)) else list(values), dtype, deadline)
+        self._begin()
+        try:
+            self._produce()
+            deadline = _now() + wait
+            if isinstance(values, cnp.ndarray):
+                flat = _scalar_array(values, dtype)
+                if flat is not None:
+                    return self._put_array(flat, deadline)
+                values = values.tolist() if values.ndim == 1 and values.dtype != object else list(values)
+            return self._put_sequence(values if isinstance(values, (list, tuple)) else list(values), dtype, deadline)
+        finally:
+            self._done()
 
-    cdef _put_array(self, cnp.ndarray values, double deadline):
-        cdef Py_ssize_t done = 0, total = values.shape[0], width = values.itemsize, n, i
-        cdef const uint8_t *data = <const uint8_t *>cnp.PyArray_DATA(values)
-        cdef up_meta m
-        _meta(&m, _item_to_dtype[_item_of(values)], UP_FLAG_INLINE, width)
-        m.execution = self.execution
-        while done < total:
-            n = min(BATCH, total - done)
-            self._lock(self.r.c.producer_lock)
-            while n and up_room(&self.r, n * UP_GRANULE, n) != UP_OK:
-                n //= 2
-            for i in range(n):
-                m.inline_ = 0
-                memcpy(&m.inline_, data + (done + i) * width, width)
-                up_put_inline_at(&self.r, &m, i * UP_GRANULE)
-            if n:
-                up_publish(&self.r, n * UP_GRANULE, n, n * width)
-            up_unlock(self.r.c.producer_lock)
-            up_wake_consumers(&self.r, n)
-            done += n
-            if n == 0 and not self._put_one_waiting(values[done], m.dtype, deadline):
+    cdef Py_ssize_t _put_batch(self, Out *outs, Py_ssize_t n, double deadline) except -1:
+        """Put n inline frames, waiting for room. Returns how many are in when the deadline passes."""
+        cdef Py_ssize_t done = 0, k, i
+        cdef uint64_t bytes_
+        while done < n:
+            k = 0
+            if self.r.c.policy <= UP_POLICY_DROP_OLDEST:
+                k = n - done
+                bytes_ = 0
+                self._lock(self.r.c.producer_lock)
+                while k and up_room(&self.r, k * UP_GRANULE, k) != UP_OK:
+                    k //= 2
+                for i in range(k):
+                    up_put_inline_at(&self.r, &outs[done + i].m, i * UP_GRANULE)
+                    bytes_ += outs[done + i].m.size
+                if k:
+                    up_publish(&self.r, k * UP_GRANULE, k, bytes_)
+                up_unlock(self.r.c.producer_lock)
+            if k:
+                up_wake_consumers(&self.r, k)
+                done += k
+            elif self._put(&outs[done], None, max(0.0, deadline - _now())) == UP_FULL:
                 break
-            done += n == 0
+            else:
+                done += 1
         return done
 
-    cdef bint _put_one_waiting(self, value, int dtype, double deadline) except -1:
-        cdef Out o
-        parts = _encode(value, dtype, &o, self.allow_pickle)
-        o.m.execution = self.execution
-        return self._put(&o, parts, max(0.0, deadline - _now())) != UP_FULL
+    cdef _put_array(self, cnp.ndarray values, double deadline):
+        cdef Py_ssize_t done = 0, total = values.shape[0], width = values.itemsize, n, i, k
+        cdef const uint8_t *data = <const uint8_t *>cnp.PyArray_DATA(values)
+        cdef Out outs[BATCH]
+        _meta(&outs[0].m, _item_to_dtype[_item_of(values)], UP_FLAG_INLINE, width)
+        outs[0].m.execution = self.execution
+        for i in range(1, min(BATCH, total)):
+            outs[i] = outs[0]
+        while done < total:
+            n = min(BATCH, total - done)
+            if done:
+                outs[0].m.timestamp = up_now_ns(CLOCK_REALTIME)
+            for i in range(n):
+                outs[i].m.inline_ = _element(data, done + i, width)
+                outs[i].m.timestamp = outs[0].m.timestamp
+            k = self._put_batch(outs, n, deadline)
+            done += k
+            if k < n:
+                break
+        return done
 
     cdef _put_sequence(self, values, int dtype, double deadline):
-        cdef Py_ssize_t done = 0, total = len(values), n, i
+        cdef Py_ssize_t done = 0, total = len(values), n, k
         cdef Out outs[BATCH]
-        cdef uint64_t bytes_
+        cdef list parts
+        cdef bint single
         while done < total:
             n = 0
-            bytes_ = 0
-            parts = None
+            single = False
             while n < BATCH and done + n < total:
-                parts = _encode(values[done + n], dtype, &outs[n], self.allow_pickle)
-                if not outs[n].m.flags & UP_FLAG_INLINE:
-                    break
+                try:
+                    parts = _encode(values[done + n], dtype, &outs[n], self.allow_pickle)
+                except Exception:
+                    if n == 0:
+                        raise
+                    break  # those before it go in first
                 outs[n].m.execution = self.execution
-                bytes_ += outs[n].m.size
-                n += 1
-            if n < 2 or self.r.c.policy != UP_POLICY_BLOCK:
-                if not self._put_one_waiting(values[done], dtype, deadline):
+                if not outs[n].m.flags & UP_FLAG_INLINE:
+                    single = True
                     break
-                done += 1
-                continue
-            self._lock(self.r.c.producer_lock)
-            while n and up_room(&self.r, n * UP_GRANULE, n) != UP_OK:
-                n //= 2
-            bytes_ = 0
-            for i in range(n):
-                up_put_inline_at(&self.r, &outs[i].m, i * UP_GRANULE)
-                bytes_ += outs[i].m.size
-            if n:
-                up_publish(&self.r, n * UP_GRANULE, n, bytes_)
-            up_unlock(self.r.c.producer_lock)
-            up_wake_consumers(&self.r, n)
-            done += n
-            if n == 0:
-                if not self._put_one_waiting(values[done], dtype, deadline):
+                n += 1
+            k = self._put_batch(outs, n, deadline)
+            done += k
+            if k < n:
+                break
+            if single:
+                if self._put(&outs[n], parts, max(0.0, deadline - _now())) == UP_FULL:
                     break
                 done += 1
         return done
 
     # ---------------------------------------------------------------- taking
 
-    cdef int _after_finish(self) except -1:
-        up_wake_producers(&self.r)
-        if up_ended(&self.r):
-            up_wake_consumers(&self.r, UP_SLOTS)
-        return 0
-
     cdef int _try_consume(self, up_frame *out) except -100:
-        """Take, copy and finish a one-granule frame. UP_TOOBIG: it is larger (or a redelivery)."""
-        cdef int rc
+        """Take, copy, check and finish a one-granule frame. UP_TOOBIG: it is larger (or a redelivery).
+        UP_CORRUPT: it was buried."""
+        cdef int rc = UP_TOOBIG
+        cdef uint64_t before, pos, span
         self._lock(self.r.c.consumer_lock)
-        rc = up_consume(&self.r, out)
-        if rc == UP_OK:
-            up_advance(&self.r)
-        up_unlock(self.r.c.consumer_lock)
-        if rc == UP_OK:
-            self._after_finish()
-        elif rc == UP_EMPTY and up_ended(&self.r):
-            rc = UP_END
-        return rc
-
-    cdef int _try_take(self, uint64_t *pos) except -100:
-        """Take one frame, finishing the one that take() held before in the same critical section."""
-        cdef int rc
-        cdef bint finished = False
-        self._lock(self.r.c.consumer_lock)
-        if self.held:
-            finished = up_finish(&self.r, self.held - 1, UP_FINISHED) == UP_OK
-            self.held = 0
-        rc = up_take(&self.r, pos)
-        up_unlock(self.r.c.consumer_lock)
-        if finished:
-            self._after_finish()
+        before = UP_LD(&self.r.c.tail)
+        if self.r.c.redeliver == 0:
+            rc = up_peek(&self.r, &pos, &span)
+            if rc == UP_OK:
+                rc = self._consume_at(pos, span, out)
+                if rc == UP_OK:
+                    up_advance(&self.r)
+                elif rc == UP_CORRUPT and up_take(&self.r, &pos) == UP_OK:
+                    up_finish(&self.r, pos, UP_DEAD)
+        self._unlock_consumers(before)
         if rc == UP_EMPTY and up_ended(&self.r):
             rc = UP_END
         return rc
 
-    cdef int _wait_frame(self, uint64_t *pos, up_frame *out, bint consume, double timeout) except -100:
-        """Take (or consume) waiting up to timeout. UP_OK: consumed into *out. UP_TOOBIG: taken at *pos. UP_EMPTY, UP_END."""
+    cdef inline int _consume_at(self, uint64_t pos, uint64_t span, up_frame *out) noexcept:
+        """The peeked frame into *out, checked, and consumed when it is right. Under the consumers' lock."""
+        cdef up_frame again
+        if span != UP_GRANULE:
+            return UP_TOOBIG
+        out[0] = up_frame_at(&self.r, pos)[0]
+        if not (self.r.c.options & UP_OPT_NO_CRC) and up_crc32_header(out, 0) != out.crc:
+            return UP_CORRUPT
+        return up_consume(&self.r, &again)
+
+    cdef int _try_take(self, uint64_t *pos, bint holding) except -100:
+        """Take one frame. holding: as take() does, which finishes the one that it held before."""
+        cdef int rc
+        cdef uint64_t before
+        self._lock(self.r.c.consumer_lock)
+        before = UP_LD(&self.r.c.tail)
+        if holding and self.held:
+            self._finish_at(self.held - 1, UP_FINISHED)
+            self.held = 0
+        rc = up_take(&self.r, pos)
+        if holding and rc == UP_OK:
+            self.held = pos[0] + 1
+        self._unlock_consumers(before)
+        if rc == UP_EMPTY and up_ended(&self.r):
+            rc = UP_END
+        return rc
+
+    cdef int _finish_at(self, uint64_t pos, uint32_t kind) noexcept:
+        """Under the consumers' lock. UP_NOTYOURS when we do not hold it any more."""
+        if pos < up_position(UP_LD(&self.r.c.tail)) or pos >= UP_LD(&self.r.c.next) or pos % UP_GRANULE:
+            return UP_NOTYOURS
+        return up_finish(&self.r, pos, kind)
+
+    cdef int _wait_frame(self, uint64_t *pos, up_frame *out, bint holding, double timeout) except -100:
+        """Take, or with out != NULL consume, waiting up to timeout. UP_OK: consumed into *out. UP_TOOBIG: taken at *pos.
+        UP_CORRUPT: buried, see *out. UP_EMPTY, UP_END."""
         cdef Waiting w
         cdef int rc
+        if self.trouble is not None:
+            error, self.trouble = self.trouble, None
+            raise error
         _waiting(&w, 0, 0, timeout)
-        while True:
-            rc = self._try_consume(out) if consume else UP_TOOBIG
-            if rc == UP_TOOBIG:
-                rc = self._try_take(pos)
-                if rc == UP_OK:
-                    rc = UP_TOOBIG
-            if rc != UP_EMPTY or not self._again(&w):
-                return self._left(&w, rc)
+        try:
+            while True:
+                rc = self._try_consume(out) if out != NULL else UP_TOOBIG
+                if rc == UP_TOOBIG:
+                    rc = self._try_take(pos, holding)
+                    if rc == UP_OK:
+                        rc = UP_TOOBIG
+                if rc != UP_EMPTY or not self._again(&w):
+                    return rc
+        finally:
+            self._left(&w, 0)
 
     cdef int _checked(self, up_frame *f, uint64_t pos) except -1:
         """Header sane and the frame inside its span? Raises FrameCorrupt otherwise."""
@@ -708,72 +1017,95 @@ cdef class Ring:
                            "after they were written (a stray write or bad memory); it was not delivered")
 
     cdef object _read(self, uint64_t pos):
-        """Copy the frame out, check it, decode it. Raises FrameCorrupt."""
-        cdef up_frame *f = up_frame_at(&self.r, pos)
+        """Copy the frame out, check it, decode it. Raises FrameCorrupt, or what decoding raises."""
+        cdef up_frame f = up_frame_at(&self.r, pos)[0]  # a copy of our own: other threads read on this handle, too
         cdef uint32_t crc = 0
         cdef bint check = not (self.r.c.options & UP_OPT_NO_CRC)
         cdef uint8_t *to
         cdef uint8_t *data = up_payload(&self.r, pos)
-        cdef uint64_t size
-        self.last = f[0]
-        self._checked(&self.last, pos)
-        size = self.last.size
-        if self.last.flags & UP_FLAG_INLINE or size == 0:
-            if check and up_crc32_header(&self.last, 0) != self.last.crc:
+        self.last = f
+        self._checked(&f, pos)
+        if f.flags & UP_FLAG_INLINE or f.size == 0:
+            if check and up_crc32_header(&f, 0) != f.crc:
                 self._corrupt(pos)
-            return _decode(&self.last, None, self.allow_pickle)
-        if self.last.dtype == _BYTES:
-            target = PyBytes_FromStringAndSize(NULL, size)
+            return _decode(&f, None if f.flags & UP_FLAG_INLINE else _block(0), self.allow_pickle)
+        if f.dtype == _BYTES:
+            target = PyBytes_FromStringAndSize(NULL, f.size)
             to = <uint8_t *>PyBytes_AS_STRING(target)
         else:
-            target = _block(size)
+            target = _block(f.size)
             to = (<Block>target).data
         if not check:
             with nogil:
-                memcpy(to, data, size)
-        elif size >= LARGE:
+                memcpy(to, data, f.size)
+        elif f.size >= LARGE:
             with nogil:
-                crc = up_crc32_copy(0, to, data, size)
+                crc = up_crc32_copy(0, to, data, f.size)
         else:
-            crc = up_crc32_copy(0, to, data, size)
-        if check and up_crc32_header(&self.last, crc) != self.last.crc:
+            crc = up_crc32_copy(0, to, data, f.size)
+        if check and up_crc32_header(&f, crc) != f.crc:
             self._corrupt(pos)
-        return target if self.last.dtype == _BYTES else _decode(&self.last, target, self.allow_pickle)
+        self.last = f
+        return target if f.dtype == _BYTES else _decode(&f, target, self.allow_pickle)
 
-    cdef object _get(self, double timeout):
-        cdef up_frame f
-        cdef uint64_t pos
-        cdef int rc
-        self._enter()
-        rc = self._wait_frame(&pos, &f, True, timeout)
+    cdef object _get(self, double timeout, up_frame *f):
+        """get(); the frame's header into *f."""
+        cdef uint64_t pos = 0
+        cdef int rc = self._wait_frame(&pos, f, False, timeout)
         if rc == UP_OK:
-            self.last = f
-            if not (self.r.c.options & UP_OPT_NO_CRC) and up_crc32_header(&f, 0) != f.crc:
-                self._corrupt(f.position)
-            return _decode(&f, None, self.allow_pickle)
+            self.last = f[0]
+            return _decode(f, None, self.allow_pickle)
         if rc == UP_TOOBIG:
-            try:
-                value = self._read(pos)
-            except FrameCorrupt:
-                self._end(pos, UP_DEAD)
-                raise
-            except BaseException:
-                self._end(pos, UP_FINISHED)
-                raise
+            f[0] = up_frame_at(&self.r, pos)[0]
+            return self._read_and_end(pos)
+        self._nothing(rc, f)
+
+    cdef object _read_and_end(self, uint64_t pos):
+        """The value of a taken frame, which is ended whatever happens. An interrupt (KeyboardInterrupt ...) gives it back."""
+        try:
+            value = self._read(pos)
+        except FrameCorrupt:
+            self._end(pos, UP_DEAD)
+            raise
+        except Exception:
             self._end(pos, UP_FINISHED)
-            return value
+            raise
+        except BaseException:
+            self._return(pos)
+            raise
+        self._end(pos, UP_FINISHED)
+        return value
+
+    cdef _nothing(self, int rc, up_frame *f):
+        """Raise why there is no frame."""
+        if rc == UP_CORRUPT:
+            self.last = f[0]
+            self._corrupt(f.position)
         if rc == UP_END:
             raise EndOfStream(f"queue {self.label} has ended: every producer closed and every frame is finished")
         raise _queue.Empty
 
     cdef int _end(self, uint64_t pos, uint32_t kind) except -1:
         cdef int rc
+        cdef uint64_t before
         self._lock(self.r.c.consumer_lock)
-        rc = up_finish(&self.r, pos, kind)
-        up_unlock(self.r.c.consumer_lock)
+        before = UP_LD(&self.r.c.tail)
+        rc = self._finish_at(pos, kind)
+        self._unlock_consumers(before)
         if rc != UP_OK:
             raise QueueError(f"the frame at {pos} of queue {self.label} is not held by this handle (it was recovered)")
-        return self._after_finish()
+        return 0
+
+    cdef int _return(self, uint64_t pos) except -1:
+        """Give a frame back. Without effect when it was recovered meanwhile."""
+        cdef int rc = UP_NOTYOURS
+        self._lock(self.r.c.consumer_lock)
+        if up_position(UP_LD(&self.r.c.tail)) <= pos < UP_LD(&self.r.c.next):
+            rc = up_give_back(&self.r, pos)
+        up_unlock(self.r.c.consumer_lock)
+        if rc == UP_OK:
+            up_wake_consumers(&self.r, 1)
+        return 0
 
     def get(self, block=True, timeout=None):
         """Take, copy and finish the next value: what multiprocessing.Queue.get does.
@@ -781,80 +1113,126 @@ cdef class Ring:
         A worker that must not lose a frame when it dies uses take() and finish(), or borrow().
 
         Raises:
-            queue.Empty, EndOfStream, FrameCorrupt, QueueClosed.
+            queue.Empty, EndOfStream, FrameCorrupt, QueueClosed. What decoding raises (PickleRefused, an exception of a
+            class that is unpickled): the frame is finished then, and the next get goes on behind it.
         """
-        return self._get(_timeout(block, timeout))
+        cdef up_frame f
+        cdef double wait = _timeout(block, timeout)
+        self._begin()
+        try:
+            return self._get(wait, &f)
+        finally:
+            self._done()
 
     def get_nowait(self):
         """get(block=False)."""
-        return self._get(0.0)
+        cdef up_frame f
+        self._begin()
+        try:
+            return self._get(0.0, &f)
+        finally:
+            self._done()
+
+    def get_keyed(self, double timeout):
+        """(value, key in its header): get() for who puts a meaning into keys."""
+        cdef up_frame f
+        self._begin()
+        try:
+            return self._get(timeout, &f), f.key
+        finally:
+            self._done()
 
     def take(self, block=True, timeout=None):
         """Take the next value and hold its frame until finish(), give_back() or the next take().
 
-        If this process dies before, the frame is delivered again with its count raised.
+        If this process dies before, the frame is delivered again with its count raised. A frame whose value cannot be
+        read (FrameCorrupt, or what decoding raises) is held as well: finish(dead=True) buries it.
         """
-        cdef uint64_t pos
-        cdef int rc = self._take(_timeout(block, timeout), &pos)
-        if rc == UP_OK:
-            return self._read(pos)
-        if rc == UP_END:
-            raise EndOfStream(f"queue {self.label} has ended: every producer closed and every frame is finished")
-        raise _queue.Empty
-
-    cdef int _take(self, double timeout, uint64_t *pos) except -100:
+        cdef up_frame none
+        cdef uint64_t pos = 0
+        cdef double wait = _timeout(block, timeout)
         cdef int rc
-        self._enter()
-        rc = self._wait_frame(pos, NULL, False, timeout)
-        if rc == UP_TOOBIG:
-            self.held = pos[0] + 1
-            return UP_OK
-        return rc
+        self._begin()
+        try:
+            rc = self._wait_frame(&pos, NULL, True, wait)
+            if rc != UP_TOOBIG:
+                self._nothing(rc, &none)
+            return self._read(pos)
+        finally:
+            self._done()
 
     def receive(self, double timeout=0.0):
         """The runtime's take: (True, value), (False, None) when empty, or None at the end of the stream."""
-        cdef uint64_t pos
-        cdef int rc = self._take(timeout, &pos)
-        if rc == UP_OK:
-            return (True, self._read(pos))
-        return None if rc == UP_END else _NOTHING
+        cdef uint64_t pos = 0
+        cdef int rc
+        self._begin()
+        try:
+            rc = self._wait_frame(&pos, NULL, True, timeout)
+            if rc == UP_TOOBIG:
+                return (True, self._read(pos))
+            return None if rc == UP_END else _NOTHING
+        finally:
+            self._done()
 
     def finish(self, bint dead=False):
-        """End the held frame: finished, or (dead) moved to the dead letters. Nothing held: does nothing."""
-        if self.held:
-            self._enter()
-            pos, self.held = self.held - 1, 0
-            self._end(pos, UP_DEAD if dead else UP_FINISHED)
+        """End the held frame: finished, or (dead) moved to the dead letters. Nothing held: does nothing.
+
+        Raises:
+            QueueError: the frame was recovered meanwhile, so that somebody else gets it.
+        """
+        if self.held == 0:
+            return
+        self._begin()
+        try:
+            if self.held:  # not in a forked child, where _begin() forgot what the parent holds
+                self._end_held(UP_DEAD if dead else UP_FINISHED)
+        finally:
+            self._done()
+
+    cdef int _end_held(self, uint32_t kind) except -1:
+        try:
+            self._end(self.held - 1, kind)
+        except QueueStuck:
+            raise  # still ours: the next finish() tries again
+        except QueueError:
+            self.held = 0
+            raise
+        self.held = 0
+        return 0
 
     def give_back(self):
         """Give the held frame back: it is delivered again, to anyone, with its delivery count raised."""
-        cdef int rc
-        if self.held:
-            self._enter()
-            self._lock(self.r.c.consumer_lock)
-            rc = up_give_back(&self.r, self.held - 1)
-            up_unlock(self.r.c.consumer_lock)
-            self.held = 0
-            if rc == UP_OK:
-                up_wake_consumers(&self.r, 1)
+        if self.held == 0:
+            return
+        self._begin()
+        try:
+            if self.held:
+                self._return(self.held - 1)
+                self.held = 0
+        finally:
+            self._done()
 
     def detach_held(self):
         """Position of the held frame, which stays held beyond the next take(); end it with end(position)."""
         pos, self.held = self.held, 0
-        return pos - 1 if pos else None
+        return pos - 1 if pos and self.generation == _generation else None
 
     def end(self, uint64_t position, bint dead=False):
         """End a frame that detach_held() or recover() named."""
-        self._enter()
-        self._end(position, UP_DEAD if dead else UP_FINISHED)
+        self._begin()
+        try:
+            self._end(position, UP_DEAD if dead else UP_FINISHED)
+        finally:
+            self._done()
 
     @property
     def holding(self):
         """Position of the frame that take() holds, or None."""
-        return self.held - 1 if self.held else None
+        return self.held - 1 if self.held and self.generation == _generation else None
 
     def raw(self, uint64_t position):
         """Header and payload of a frame this handle holds, as bytes; only the ring's span is trusted."""
+        self._mapped()
         cdef up_frame *f = up_frame_at(&self.r, position)
         cdef uint64_t span = up_span(UP_LD(up_state_at(&self.r, position)))
         cdef uint64_t size = 0 if f.flags & UP_FLAG_INLINE else min(f.size, span - UP_GRANULE)
@@ -878,77 +1256,105 @@ cdef class Ring:
     def get_many(self, Py_ssize_t max=1024, timeout=None, *, bint array=False):
         """Take, copy and finish up to `max` values; many frames per lock. Waits for the first one only.
 
-        Returns a list, or with array=True a 1-d array of scalars (it ends where the DType changes; a value that is no
-        scalar comes back as a list of one).
+        Returns a list, or with array=True a 1-d array of scalars: it ends where the DType changes, and a value that is
+        no scalar comes back as a list of one. A frame that cannot be read ends the batch before it; the next get raises.
 
         Raises:
             queue.Empty, EndOfStream, FrameCorrupt: as get().
         """
-        cdef up_frame batch[BATCH]
-        cdef Py_ssize_t n = 0, i, total = 0, width = 0
         cdef double wait = _timeout(True, timeout)
-        cdef int dtype = -1
-        cdef uint8_t *to = NULL
-        cdef bint check = not (self.r.c.options & UP_OPT_NO_CRC)
         if max < 1:
             raise ValueError(f"get_many takes at least 1, not {max}")
-        self._enter()
-        values = [] if not array else None
-        out = None
-        while total < max:
-            n = self._consume_batch(batch, min(BATCH, max - total), dtype if array else -1)
-            if n == 0:
-                if total:
-                    break
-                first = self._get(wait)
-                if array and not (self.last.flags & UP_FLAG_INLINE and self.last.dtype in _dtype_to_num):
-                    return [first]
-                batch[0] = self.last
-                n = 1
-                if not array:
-                    values.append(first)
-                    total = 1
-                    continue
-            for i in range(n):
-                if check and up_crc32_header(&batch[i], 0) != batch[i].crc:
-                    self._corrupt(batch[i].position)
-            if array:
-                if out is None:
-                    dtype = batch[0].dtype
-                    if dtype not in _dtype_to_num:
-                        return [_decode(&batch[0], None, self.allow_pickle)] + [
-                            _decode(&batch[i], None, self.allow_pickle) for i in range(1, n)]
-                    out = _array_of(dtype, max)
-                    to = <uint8_t *>cnp.PyArray_DATA(out)
-                    width = out.itemsize
-                for i in range(n):
-                    if batch[i].dtype != dtype:
-                        raise FrameError(f"get_many(array=True) met DType {batch[i].dtype} after {dtype} in queue {self.label}; "
-                                         "use get_many() without array for mixed values")
-                    memcpy(to + total * width, &batch[i].inline_, width)
-                    total += 1
-            else:
-                for i in range(n):
-                    values.append(_decode(&batch[i], None, self.allow_pickle))
-                total += n
-        return out[:total] if array else values
+        self._begin()
+        try:
+            return self._get_array(max, wait) if array else self._get_list(max, wait)
+        finally:
+            self._done()
 
-    cdef Py_ssize_t _consume_batch(self, up_frame *batch, Py_ssize_t most, int dtype) except -1:
-        """Consume up to `most` one-granule frames (of that dtype unless -1) under one lock."""
-        cdef Py_ssize_t n = 0
-        cdef uint64_t pos, span
-        self._lock(self.r.c.consumer_lock)
-        while n < most:
-            if dtype >= 0 and (up_peek(&self.r, &pos, &span) != UP_OK or up_frame_at(&self.r, pos).dtype != dtype):
+    cdef _get_list(self, Py_ssize_t most, double wait):
+        cdef up_frame batch[BATCH]
+        cdef up_frame f
+        cdef Py_ssize_t n, i
+        cdef int dtype = -1
+        cdef list values = []
+        while len(values) < most:
+            n = 0
+            if self.trouble is None:
+                n = self._consume_batch(batch, min(BATCH, most - len(values)), False, &dtype, NULL)
+            for i in range(n):
+                values.append(_decode(&batch[i], None, self.allow_pickle))
+            if n:
+                self.last = batch[n - 1]
+                continue
+            if not values:  # wait; or it is a frame of the other kinds
+                values.append(self._get(wait, &f))
+                continue
+            try:
+                values.append(self._get(0.0, &f))
+            except (_queue.Empty, EndOfStream):
                 break
-            if up_consume(&self.r, &batch[n]) != UP_OK:
+            except Exception as error:
+                self.trouble = error
+                break
+        return values
+
+    cdef _get_array(self, Py_ssize_t most, double wait):
+        cdef up_frame batch[BATCH]
+        cdef up_frame f
+        cdef Py_ssize_t n = 0, i, total = 0, width, room = 0
+        cdef int dtype = -1
+        cdef uint8_t *to = NULL
+        if self.trouble is None:
+            n = self._consume_batch(batch, min(BATCH, most), True, &dtype, &room)
+        if n == 0:
+            first = self._get(wait, &f)
+            if not (f.flags & UP_FLAG_INLINE and f.dtype in _dtype_to_num):
+                return [first]
+            batch[0] = f
+            dtype = f.dtype
+            n = 1
+            room = (up_position(UP_LDA(&self.r.c.head)) - UP_LD(&self.r.c.next)) // UP_GRANULE
+        room = min(most, n + room)
+        out = _array_of(dtype, room)
+        to = <uint8_t *>cnp.PyArray_DATA(out)
+        width = cnp.PyArray_ITEMSIZE(out)
+        while True:
+            for i in range(n):
+                _set_element(to, total + i, width, batch[i].inline_)
+            total += n
+            self.last = batch[n - 1]
+            if total == room:
+                return out
+            n = self._consume_batch(batch, min(BATCH, room - total), True, &dtype, NULL)
+            if n == 0:
+                return out[:total]
+
+    cdef Py_ssize_t _consume_batch(self, up_frame *batch, Py_ssize_t most, bint scalars, int *dtype,
+                                   Py_ssize_t *behind) except -1:
+        """Consume up to `most` frames whose decoding cannot fail, under one lock; it ends before any other frame.
+
+        scalars: only scalars of one DType (*dtype, -1 = that of the first). *behind: granules in the ring behind them.
+        """
+        cdef Py_ssize_t n = 0
+        cdef uint64_t pos = 0, span = 0, before
+        self._lock(self.r.c.consumer_lock)
+        before = UP_LD(&self.r.c.tail)
+        while n < most and self.r.c.redeliver == 0 and up_peek(&self.r, &pos, &span) == UP_OK:
+            if span != UP_GRANULE or not _is_plain(up_frame_at(&self.r, pos), scalars):
+                break
+            if scalars:
+                if dtype[0] < 0:
+                    dtype[0] = up_frame_at(&self.r, pos).dtype
+                elif up_frame_at(&self.r, pos).dtype != dtype[0]:
+                    break
+            if self._consume_at(pos, span, &batch[n]) != UP_OK:
                 break
             n += 1
         if n:
             up_advance(&self.r)
-        up_unlock(self.r.c.consumer_lock)
-        if n:
-            self._after_finish()
+        if behind != NULL:
+            behind[0] = (self.r.c.cached_head - UP_LD(&self.r.c.next)) // UP_GRANULE
+        self._unlock_consumers(before)
         return n
 
     # ---------------------------------------------------------------- zero copy
@@ -962,44 +1368,48 @@ cdef class Ring:
         _waiting(&w, 1, need, timeout)
         if self.r.c.policy == UP_POLICY_LATEST:
             self._drop(need, 1)
-        while True:
-            self._lock(self.r.c.producer_lock)
-            rc = up_room(&self.r, need, 1)
-            pos = up_claim(&self.r, need, m.size) if rc == UP_OK else 0
-            up_unlock(self.r.c.producer_lock)
-            if rc == UP_FULL and self.r.c.policy != UP_POLICY_BLOCK and self._full(need, False) == UP_AGAIN:
-                continue
-            if rc == UP_OK or not self._again(&w):
-                if self._left(&w, rc) == UP_OK:
+        try:
+            while True:
+                self._lock(self.r.c.producer_lock)
+                rc = up_room(&self.r, need, 1)
+                pos = up_claim(&self.r, need, m.size) if rc == UP_OK else 0
+                up_unlock(self.r.c.producer_lock)
+                if rc == UP_OK:
                     return pos
-                raise _queue.Full
+                if self._skip_padding() or (
+                        self.r.c.policy != UP_POLICY_BLOCK and self._full(need, False) == UP_AGAIN):
+                    continue
+                if not self._again(&w):
+                    raise _queue.Full
+        finally:
+            self._left(&w, 0)
 
     cdef object _view(self, uint64_t pos):
         """The value of a taken frame as a read-only view where it lies, checked."""
-        cdef up_frame *f = up_frame_at(&self.r, pos)
+        cdef up_frame f = up_frame_at(&self.r, pos)[0]
         cdef uint8_t *data = up_payload(&self.r, pos)
         cdef uint32_t crc = 0
         cdef _Pin pin
-        self.last = f[0]
-        self._checked(&self.last, pos)
-        if self.last.flags & UP_FLAG_INLINE or not (self.last.dtype == _ARRAY or self.last.dtype == _BYTES):
+        self.last = f
+        self._checked(&f, pos)
+        if f.flags & UP_FLAG_INLINE or not (f.dtype == _ARRAY or f.dtype == _BYTES):
             return self._read(pos)
         if not (self.r.c.options & UP_OPT_NO_CRC):
             with nogil:
-                crc = up_crc32(0, data, self.last.size)
-            if up_crc32_header(&self.last, crc) != self.last.crc:
+                crc = up_crc32(0, data, f.size)
+            if up_crc32_header(&f, crc) != f.crc:
                 self._corrupt(pos)
+        self.last = f
         pin = _Pin()
         pin.ring = self
-        if self.last.dtype == _ARRAY:
-            value = _array_view(&self.last, pin, data, False)
+        if f.dtype == _ARRAY:
+            value = _array_view(&f, pin, data, False)
             return self._read(pos) if value is None else value
-        self.last.flags |= UP_FLAG_SHAPE  # bytes: a 1-d array of u1 is the buffer
-        self.last.item, self.last.rank = 5, 1
-        if self.last.size >= 2097152:
-            return self._read(pos)
-        self.last.inline_ = self.last.size
-        return memoryview(_array_view(&self.last, pin, data, False))
+        if f.size >= 2097152:
+            return memoryview(self._read(pos))
+        pin.data = data
+        pin.size = f.size
+        return memoryview(pin)
 
     def reserve(self, shape, dtype="u1", timeout=None, *, uint32_t key=0):
         """A writable array inside the ring, committed when the with block ends, aborted when it raises.
@@ -1030,6 +1440,7 @@ cdef class Ring:
     def peers(self):
         """[(pid, start time)] of the other processes that joined."""
         cdef uint32_t i
+        self._mapped()
         mine = os.getpid()
         return [(self.r.slots[i].pid, self.r.slots[i].start) for i in range(UP_SLOTS)
                 if self.r.slots[i].pid and self.r.slots[i].pid != mine]
@@ -1039,6 +1450,7 @@ cdef class Ring:
         cdef uint32_t i
         cdef size_t found
         cdef int rc
+        self._mapped()
         n = 0
         for i in range(UP_SLOTS):
             if self.r.slots[i].pid and i != self.r.slot:
@@ -1079,6 +1491,7 @@ cdef class Ring:
 
     def declare_producer(self, uint32_t id):
         """Announce a producer: the stream does not end before it closed."""
+        self._mapped()
         up_set_producer(&self.r, id, UP_PRODUCER_DECLARED, 0)
 
     def use_producer(self, uint32_t id, uint32_t epoch=0):
@@ -1089,15 +1502,23 @@ cdef class Ring:
 
     def close_producer(self, uint32_t id):
         """Close a producer's end of stream. Idempotent."""
+        self._mapped()
         if up_set_producer(&self.r, id, UP_PRODUCER_CLOSED, 0) != UP_OK:
             raise QueueStuck(f"producer {id} of queue {self.label} could not be closed")
 
+    def never_end(self):
+        """The stream of this queue has no end: get() waits even when every producer closed."""
+        self._mapped()
+        up_set_producer(&self.r, UP_PRODUCERS - 1, UP_PRODUCER_OPEN, 0)
+
     def emitted(self, uint32_t id):
         """Frames that producer id got into the ring in all its lives (its dead lives recovered)."""
+        self._mapped()
         return up_emitted(&self.r, id)
 
     def set_policy(self, uint32_t policy):
         """0 block, 1 drop_oldest, 2 latest, 3 discard (nobody will read: drop and count all); from now on."""
+        self._mapped()
         self.r.c.policy = policy
         if policy == UP_POLICY_DISCARD:
             self._drop(0, True)
@@ -1105,11 +1526,13 @@ cdef class Ring:
 
     def wake_all(self):
         """Wake every sleeper: each looks again."""
+        self._mapped()
         up_wake_all(&self.r)
 
     @property
     def ended(self):
         """True when every producer closed and every frame is finished."""
+        self._mapped()
         return bool(up_ended(&self.r))
 
     @property
@@ -1128,9 +1551,11 @@ cdef class Ring:
 
     def counters(self):
         """All counters as a dict (QueueStats gives them names and meaning)."""
-        cdef up_control *c = self.r.c
+        cdef up_control *c
         cdef up_books head, tail
         cdef uint64_t head_pos, tail_pos
+        self._mapped()
+        c = self.r.c
         up_books_read(&c.tail, c.tail_books, &tail_pos, &tail)
         up_books_read(&c.head, c.head_books, &head_pos, &head)
         oldest = 0
@@ -1146,43 +1571,72 @@ cdef class Ring:
             "participants": len(self.peers()) + (self.r.slot != UP_NONE),
         }
 
+    def in_flight(self):
+        """Frames between their claim and their end: those that wait and those that somebody holds."""
+        cdef up_books head, tail
+        cdef uint64_t pos
+        self._mapped()
+        up_books_read(&self.r.c.tail, self.r.c.tail_books, &pos, &tail)
+        up_books_read(&self.r.c.head, self.r.c.head_books, &pos, &head)
+        return head.frames - tail.frames
+
+    def wait_frames(self, uint64_t fewer, double timeout):
+        """Sleep until fewer than that many frames are in flight. False when the timeout (seconds) passed."""
+        cdef Waiting w
+        self._begin()
+        try:
+            _waiting(&w, 1, 0, timeout)
+            while self.in_flight() >= fewer:
+                if not self._again(&w):
+                    return False
+            return True
+        finally:
+            self._left(&w, 0)
+            self._done()
+
     def qsize(self):
         """Frames that nobody has taken yet (a moment's count)."""
-        cdef up_books head, tail
-        cdef uint64_t pos, waiting = 0
-        cdef up_control *c = self.r.c
-        if self.closed:
-            raise QueueClosed(f"this handle of queue {self.label} is closed")
+        cdef uint64_t pos, head, span, waiting
+        cdef up_control *c
+        self._open()
+        c = self.r.c
         self._lock(c.consumer_lock)
         pos = UP_LD(&c.next)
+        head = up_position(UP_LDA(&c.head))
         waiting = c.redeliver
-        while pos < up_position(UP_LDA(&c.head)):
-            if up_kind(UP_LDA(up_state_at(&self.r, pos))) == UP_COMMITTED:
-                waiting += 1
-            pos += up_span(UP_LDA(up_state_at(&self.r, pos)))
+        while pos < head:
+            span = UP_LDA(up_state_at(&self.r, pos))
+            waiting += up_kind(span) == UP_COMMITTED
+            pos += up_span(span)
         up_unlock(c.consumer_lock)
         return waiting
 
     def empty(self):
         """True when get_nowait would raise Empty (a moment's truth)."""
-        cdef uint64_t pos, span
-        if self.closed:
-            raise QueueClosed(f"this handle of queue {self.label} is closed")
+        cdef uint64_t pos, span, before
+        self._open()
         self._lock(self.r.c.consumer_lock)
+        before = UP_LD(&self.r.c.tail)
         cdef bint nothing = self.r.c.redeliver == 0 and up_peek(&self.r, &pos, &span) != UP_OK
-        up_unlock(self.r.c.consumer_lock)
+        self._unlock_consumers(before)
         return nothing
 
     def full(self):
         """True when not even a frame of 8 bytes has room (a moment's truth)."""
-        if self.closed:
-            raise QueueClosed(f"this handle of queue {self.label} is closed")
+        self._open()
+        self._skip_padding()
         self._lock(self.r.c.producer_lock)
         cdef bint none = up_room(&self.r, UP_GRANULE, 1) != UP_OK
         up_unlock(self.r.c.producer_lock)
         return none
 
+    cdef int _open(self) except -1:
+        if self.closed or not self.mapped:
+            raise QueueClosed(f"this handle of queue {self.label} is closed")
+        return 0
+
 
 include "_views.pxi"
 include "_fan.pxi"
 include "_ready.pxi"
+include "_tally.pxi"

@@ -1,17 +1,28 @@
 # Zero copy: views into the ring. A view holds its Ring, so the mapping outlives it; the frame is held only inside `with`.
 
 cdef class _Pin:
-    """Keeps a Ring mapped for as long as an array refers to its bytes."""
+    """Keeps a Ring mapped for as long as an array or a memoryview refers to its bytes."""
     cdef Ring ring
+    cdef uint8_t *data            # for bytes: what the buffer protocol gives, read-only
+    cdef Py_ssize_t size
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.data, self.size, 1, flags)
 
 
 cdef class Reservation:
-    """`with q.reserve(shape, dtype) as array:`: write into the ring; committed at the end, aborted on an exception."""
+    """`with q.reserve(shape, dtype) as array:`: write into the ring; committed at the end, aborted on an exception.
+
+    While it is open the handle counts as in use: a close() meanwhile takes effect at its end. Dropped without its end
+    (a generator that nobody finished), it aborts. In a forked child it is the parent's, and does nothing.
+    """
     cdef Ring ring
     cdef up_meta m
     cdef uint64_t pos
     cdef object array
     cdef double timeout
+    cdef bint entered
+    cdef int generation
 
     def __init__(self, Ring ring, shape, dtype, double timeout, uint32_t key):
         cdef int i
@@ -36,41 +47,73 @@ cdef class Reservation:
         cdef Ring ring = self.ring
         cdef up_frame f
         cdef _Pin pin = _Pin()
-        ring._produce()
-        self.pos = ring._claim(&self.m, self.timeout)
+        if self.entered:
+            raise ValueError("a reservation is entered once; call reserve() again")
+        ring._begin()
+        try:
+            ring._produce()
+            self.pos = ring._claim(&self.m, self.timeout)
+        except BaseException:
+            ring._done()
+            raise
+        self.entered = True
+        self.generation = _generation
         f.flags = self.m.flags
         f.item = self.m.item
         f.rank = self.m.rank
         f.inline_ = self.m.inline_
         f.size = self.m.size
         pin.ring = ring
-        self.array = _array_view(&f, pin, up_payload(&ring.r, self.pos), True)
+        try:
+            self.array = _array_view(&f, pin, up_payload(&ring.r, self.pos), True)
+        except BaseException:
+            self._leave(False)
+            raise
         return self.array
 
     def __exit__(self, kind, value, trace):
+        self._leave(kind is None)
+        return False
+
+    cdef _leave(self, bint commit):
         cdef Ring ring = self.ring
         cdef uint32_t crc = 0
-        cdef uint8_t *data = up_payload(&ring.r, self.pos)
-        self.array.flags.writeable = False  # a later write through this view would corrupt a committed frame
-        self.array = None
-        if kind is not None:
-            up_abort(&ring.r, self.pos)
-        else:
+        cdef uint8_t *data
+        if not self.entered:
+            return
+        self.entered = False
+        if self.array is not None:
+            self.array.flags.writeable = False  # a later write through this view would corrupt a committed frame
+            self.array = None
+        if self.generation != _generation:
+            return
+        if commit:
+            data = up_payload(&ring.r, self.pos)
             if not (ring.r.c.options & UP_OPT_NO_CRC):
                 with nogil:
                     crc = up_crc32(0, data, self.m.size)
             self.m.timestamp = up_now_ns(CLOCK_REALTIME)
             self.m.execution = ring.execution
             up_commit(&ring.r, self.pos, &self.m, crc)
-        up_wake_consumers(&ring.r, 1)
-        return False
+            up_wake_consumers(&ring.r, 1)
+        else:
+            ring._abort(self.pos)
+        ring._done()
+
+    def __del__(self):
+        self._leave(False)
 
 
 cdef class Loan:
-    """`with q.borrow() as value:`: read in place; finished at the end, given back on an exception."""
+    """`with q.borrow() as value:`: read in place; finished at the end, given back on an exception.
+
+    As with a Reservation: a close() meanwhile takes effect at its end, and dropped without its end it gives back.
+    """
     cdef Ring ring
     cdef double timeout
     cdef uint64_t pos
+    cdef bint entered
+    cdef int generation
 
     def __init__(self, Ring ring, double timeout):
         self.ring = ring
@@ -78,24 +121,53 @@ cdef class Loan:
 
     def __enter__(self):
         cdef Ring ring = self.ring
+        cdef up_frame none
         cdef int rc
-        ring._enter()
-        rc = ring._wait_frame(&self.pos, NULL, False, self.timeout)
-        if rc == UP_END:
-            raise EndOfStream(f"queue {ring.label} has ended: every producer closed and every frame is finished")
-        if rc != UP_TOOBIG:
-            raise _queue.Empty
+        if self.entered:
+            raise ValueError("a loan is entered once; call borrow() again")
+        ring._begin()
         try:
-            return ring._view(self.pos)
+            rc = ring._wait_frame(&self.pos, NULL, False, self.timeout)
+            if rc != UP_TOOBIG:
+                ring._nothing(rc, &none)
+            value = self._value()
+        except BaseException:
+            ring._done()
+            raise
+        self.entered = True
+        self.generation = _generation
+        return value
+
+    cdef object _value(self):
+        try:
+            return self.ring._view(self.pos)
         except FrameCorrupt:
-            ring._end(self.pos, UP_DEAD)
+            self.ring._end(self.pos, UP_DEAD)
+            raise
+        except Exception:
+            self.ring._end(self.pos, UP_FINISHED)
+            raise
+        except BaseException:
+            self.ring._return(self.pos)
             raise
 
     def __exit__(self, kind, value, trace):
-        cdef Ring ring = self.ring
-        if kind is None:
-            ring._end(self.pos, UP_FINISHED)
-        else:
-            ring.held = self.pos + 1
-            ring.give_back()
+        self._leave(kind is None)
         return False
+
+    cdef _leave(self, bint finish):
+        if not self.entered:
+            return
+        self.entered = False
+        if self.generation != _generation:
+            return
+        try:
+            if finish:
+                self.ring._end(self.pos, UP_FINISHED)
+            else:
+                self.ring._return(self.pos)
+        finally:
+            self.ring._done()
+
+    def __del__(self):
+        self._leave(False)

@@ -61,11 +61,14 @@ class MemQ(_ring.Ring):
             raise ValueError(f"policy is one of {', '.join(POLICIES)}, not {policy!r}")
         if max_frames < 0 or producers < 0:
             raise ValueError(f"max_frames and producers are 0 or more, not {max_frames} and {producers}")
+        if name is not None:
+            segment.check_label(name)
         capacity, total = _ring.segment_bytes(size)
         session = segment.process_session()
         path = session.path / name if name else session.unique("q")
         options = (0 if allow_pickle else _NO_PICKLE) | (0 if check_crc else _NO_CRC) | (_SUPERVISED if supervised else 0)
         handle = segment.create_file(path, total)
+        inode = os.fstat(handle).st_ino
         try:
             label = f"{session.path.name}/{path.name}"
             self._create(handle, capacity, POLICIES[policy], max_frames, options, str(session.path.parent), label)
@@ -77,7 +80,8 @@ class MemQ(_ring.Ring):
         for number in range(producers):
             self.declare_producer(number)
         self._creator = os.getpid()
-        self._finalizer = weakref.finalize(self, _unlink_own, str(path), os.getpid())
+        self._finalizer = weakref.finalize(self, _unlink_own, str(path), os.getpid(), inode)
+        self._finalizer.atexit = False  # the session goes at exit, after multiprocessing has joined the children
 
     @classmethod
     def attach(cls, name: str) -> Self:
@@ -88,9 +92,9 @@ class MemQ(_ring.Ring):
         """
         queue = cls.__new__(cls)
         queue._creator = 0
-        handle = segment.open_file(name)
+        path = segment.find(name)
+        handle = segment.open_file(f"{path.parent.name}/{path.name}")
         try:
-            path = segment.find(name)
             queue._attach(handle, str(path.parent.parent), f"{path.parent.name}/{path.name}")
         finally:
             os.close(handle)
@@ -108,6 +112,9 @@ class MemQ(_ring.Ring):
 
     def unlink(self) -> None:
         """Remove the name; the memory goes when the last handle goes. Idempotent."""
+        if self._creator == os.getpid():
+            self._finalizer()
+            return
         try:
             os.unlink(segment.find(self.label))
         except (FileNotFoundError, QueueNotFound):
@@ -124,19 +131,20 @@ class MemQ(_ring.Ring):
         Raises:
             queue.Full: after `timeout` seconds (None waits for ever).
         """
-        if self.send(value, dtype, 0.0, 0, key):
+        if self.send(value, dtype, 0.0, self.execution_id, key):
             return
         deadline = None if timeout is None else time.monotonic() + timeout
         waiting = AsyncWait((self,), 1)
-        while await waiting.sleep(_left(deadline)):
-            if self.send(value, dtype, 0.0, 0, key):
-                waiting.leave()
-                return
-        if not self.send(value, dtype, 0.0, 0, key):
-            raise Full
+        try:
+            while await waiting.sleep(_left(deadline)):
+                if self.send(value, dtype, 0.0, self.execution_id, key):
+                    return
+        finally:
+            waiting.leave()
+        raise Full
 
     async def aget(self, timeout: float | None = None) -> Any:
-        """get() for asyncio: no event-loop turn when a frame is there.
+        """get() for asyncio: no event-loop turn when a frame is there. Cancelled, it has taken nothing.
 
         Raises:
             queue.Empty: after `timeout` seconds (None waits for ever). EndOfStream, FrameCorrupt.
@@ -153,9 +161,9 @@ class MemQ(_ring.Ring):
                     return self.get_nowait()
                 except Empty:
                     continue
-            return self.get_nowait()
         finally:
             waiting.leave()
+        raise Empty
 
     def __iter__(self) -> Iterator[Any]:
         while True:
@@ -193,12 +201,14 @@ def _left(deadline: float | None) -> float | None:
     return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
-def _unlink_own(path: str, pid: int) -> None:
-    if os.getpid() == pid:
-        try:
+def _unlink_own(path: str, pid: int, inode: int) -> None:
+    if os.getpid() != pid:
+        return  # a forked child: the name is its parent's
+    try:
+        if os.lstat(path).st_ino == inode:  # else a newer queue has the label
             os.unlink(path)
-        except FileNotFoundError:
-            pass  # unlinked by hand, or gone with the session
+    except FileNotFoundError:
+        pass  # unlinked by hand, or gone with the session
 
 
 __all__ = ["Empty", "Full", "MemQ", "Policy"]

@@ -23,6 +23,8 @@ import shutil
 import stat
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from upipe.errors import OutOfSharedMemory, QueueNotFound, SegmentRefused
@@ -38,7 +40,7 @@ def root() -> Path:
     Raises:
         SegmentRefused: it exists but belongs to somebody else or is open to others.
     """
-    path = Path(os.environ.get("UPIPE_SHM") or f"/dev/shm/upipe-{os.getuid()}")
+    path = Path(os.path.abspath(os.environ.get("UPIPE_SHM") or f"/dev/shm/upipe-{os.getuid()}"))
     try:
         os.mkdir(path, 0o700)
     except FileExistsError:
@@ -79,7 +81,11 @@ class Session:
         self.pid = os.getpid()
         self.path = parent / name
         os.makedirs(self.path, mode=0o700, exist_ok=True)
-        self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except BaseException:
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # a sweeper tests it this instant; it leaves a live process alone
@@ -97,9 +103,12 @@ class Session:
 
     def remove(self) -> None:
         """Remove the directory and all in it; only in the process that made it."""
+        global _session
         if os.getpid() == self.pid:
             shutil.rmtree(self.path, ignore_errors=True)
             self.forget_lock()
+            if _session is self:
+                _session = None  # who needs one after this makes a new one
 
 
 def process_session() -> Session:
@@ -111,12 +120,27 @@ def process_session() -> Session:
             sweep()
             pid = os.getpid()
             _session = Session(here, f"{pid}-{start_time(pid)}")
-            atexit.register(_session.remove)
-            if "multiprocessing.util" in sys.modules:  # its children leave by os._exit and run only these
-                from multiprocessing.util import Finalize
-
-                Finalize(None, _session.remove, exitpriority=-100)
+            at_exit(_session.remove, -100)
         return _session
+
+
+def at_exit(call: Callable[[], object], priority: int) -> None:
+    """Call at the end of this process, and not in children forked from it. Lower priorities run later.
+
+    With multiprocessing loaded it has the last word: its exit function joins children that may still need the queues,
+    and runs the finalizers of priority below 0 after that; its children, which leave by os._exit, run only these.
+    """
+    if "multiprocessing.util" in sys.modules:
+        from multiprocessing.util import Finalize
+
+        Finalize(None, call, exitpriority=priority)
+    else:
+        atexit.register(_in_process, os.getpid(), call)
+
+
+def _in_process(pid: int, call: Callable[[], object]) -> None:
+    if os.getpid() == pid:
+        call()
 
 
 def forked_session() -> None:
@@ -147,26 +171,52 @@ def _is_dead(entry: Path) -> bool:
     return start_time(int(pid)) != int(start) or process_state(int(pid)) in ("Z", "X", None)
 
 
+YOUNG = 60.0
+"""Seconds for which a session without a lock is left alone: its process may be about to make it."""
+
+
 def sweep() -> list[str]:
     """Remove what dead sessions left. Returns their names."""
-    swept = []
-    for entry in root().iterdir():
-        if not _is_dead(entry):
-            continue
+    return [entry.name for entry in root().iterdir() if _is_dead(entry) and _sweep(entry)]
+
+
+def _sweep(entry: Path) -> bool:
+    """Remove one dead session unless somebody still uses it. True when it is gone."""
+    try:
+        lock = os.open(entry / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
         try:
-            lock = os.open(entry / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            if time.time() - entry.lstat().st_mtime < YOUNG:
+                return False  # seen from another pid namespace, a process that starts looks dead
         except FileNotFoundError:
-            shutil.rmtree(entry, ignore_errors=True)
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(entry, ignore_errors=True)
-            swept.append(entry.name)
-        except BlockingIOError:
-            pass  # children of the dead process still use it; they hold its lock
-        finally:
-            os.close(lock)
-    return swept
+            return False  # somebody else swept it
+        shutil.rmtree(entry, ignore_errors=True)
+        return True
+    except OSError:
+        return False  # no session of ours: a file or a link of that name, or no descriptor left
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(entry, ignore_errors=True)
+        return True
+    except BlockingIOError:
+        return False  # children of the dead process still use it; they hold its lock
+    finally:
+        os.close(lock)
+
+
+RESERVED = ("lock", "bell.", "q.")
+
+
+def check_label(label: str) -> None:
+    """Refuse what cannot be the name of a queue file.
+
+    Raises:
+        ValueError
+    """
+    if not label or "/" in label or "\0" in label or label in (".", "..") or len(os.fsencode(label)) > 200:
+        raise ValueError(f"{label!r} is no label: up to 200 bytes, without '/'")
+    if label.startswith(RESERVED):
+        raise ValueError(f"{label!r} is no label: names that begin with {', '.join(RESERVED)} are uPipe's own")
 
 
 def create_file(path: Path, size: int) -> int:
@@ -210,7 +260,7 @@ def find(name: str) -> Path:
         raise QueueNotFound(f"{name!r} is no queue name; use MemQ.name of the queue, like '4711-123456/q.1'")
     if len(parts) == 2:
         return here / name
-    found = [entry / name for entry in here.iterdir() if (entry / name).exists()]
+    found = [entry / name for entry in here.iterdir() if (entry / name).exists() and not _is_dead(entry)]
     if len(found) != 1:
         raise QueueNotFound(f"{len(found)} queues are called {name!r} under {here}; pass the full MemQ.name")
     return found[0]
@@ -227,7 +277,7 @@ def open_file(name: str) -> int:
         handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         raise QueueNotFound(f"no queue {name!r} under {root()}: it was unlinked, or its owner ended") from None
-    except PermissionError as error:
+    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
         raise SegmentRefused(f"{path} cannot be opened: {error.strerror}") from error
     except OSError as error:
         if error.errno == errno.ELOOP:
@@ -246,7 +296,7 @@ def remove_dead(pid: int, start: int) -> None:
     """Remove the session of one process that is known to be dead (a supervisor, after a worker's death)."""
     path = session_path(pid, start)
     if path.exists() and _is_dead(path):
-        shutil.rmtree(path, ignore_errors=True)
+        _sweep(path)
 
 
 def end_worker_session() -> None:

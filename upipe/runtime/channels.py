@@ -5,60 +5,34 @@ Both have a non-blocking try as the real operation; the blocking and the awaited
 
 from __future__ import annotations
 
-import select
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from upipe.errors import EndOfStream
 from upipe.graph.plan import OutputPlan
 from upipe.memq._ring import Ring, fan_send
 from upipe.memq.wakeup import AsyncWait
+from upipe.runtime.waits import CONSUMER, PRODUCER, BlockingWait
 from upipe.runtime.worker_state import KeyFunction, key_hash
 
 NOTHING = (False, None)
-REPLY = 2
+FOREVER = 1e18
+"""Seconds, for the ring's own waits."""
+SPINS = 64
+"""Tries before a task sleeps for a frame: some microseconds, where a sleep and its wake cost the two sides thirty."""
 
 
 class Ended(EndOfStream):
     """This worker shall end now: it drains. Ends it cleanly, like any EndOfStream that escapes."""
 
 
-class BlockingWait:
-    """The blocking twin of AsyncWait, over several queues: the first sleep() only arms, so that the caller tries again
-    before it sleeps. After the deadline one more try is granted (sleep() is True), then it is False."""
+def _deadline(timeout: float | None) -> float | None:
+    return None if timeout is None else time.monotonic() + timeout
 
-    def __init__(self, rings: tuple[Ring, ...], producer: int, timeout: float | None) -> None:
-        self.rings = rings
-        self.producer = producer
-        self.deadline = None if timeout is None else time.monotonic() + timeout
-        self._armed = False
-        self._late = False
 
-    def sleep(self) -> bool:
-        """True: try again. False: the time is over."""
-        if self._late:
-            return False
-        if not self._armed:
-            for ring in self.rings:
-                ring.arm(self.producer)
-            self._armed = True
-            return True
-        poll = select.poll()
-        for ring in self.rings:
-            poll.register(ring.bell(self.producer).fd, select.POLLIN)
-        left = None if self.deadline is None else max(0.0, self.deadline - time.monotonic()) * 1000 + 1
-        self._late = not poll.poll(left)
-        self.leave()
-        return True
-
-    def leave(self) -> None:
-        """Disarm."""
-        if self._armed:
-            self._armed = False
-            for ring in self.rings:
-                ring.bell(self.producer).drain()
-                ring.disarm(self.producer)
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 class Inputs:
@@ -66,12 +40,23 @@ class Inputs:
 
     def __init__(self, rings: tuple[Ring, ...], sources: tuple[str, ...]) -> None:
         self.rings = list(rings)
+        """Those that have not ended."""
         self.sources = dict(zip(rings, sources, strict=True))
-        self.held: Ring | None = None
+        self.last: Any = None
+        """The Ring that was read last; it holds the frame in hand, if there is one."""
         self.draining = False
         self.covering = False
         """With checkpoints: a frame is not finished when the next is asked for; the checkpoint does it."""
+        self.before_sleep: Callable[[], None] = lambda: None
+        """Called when there is nothing to take: what is done is saved, so that an idle worker holds nothing back."""
         self._turn = 0
+        self._spins = SPINS
+
+    @property
+    def held(self) -> Ring | None:
+        """The queue that the frame in hand came from, None when there is none."""
+        last: Ring | None = self.last
+        return last if last is not None and last.holding is not None else None
 
     def try_receive(self) -> tuple[bool, Any]:
         """(True, value), or (False, None) when nothing is there. Finishes the frame held before.
@@ -81,14 +66,11 @@ class Inputs:
         """
         rings = self.rings
         if len(rings) == 1 and not self.covering and not self.draining:
-            ring = rings[0]
-            self.held = ring
-            found = ring.receive(0.0)
-            if found is None:
-                rings.clear()
-                self.held = None
-                raise EndOfStream("every input of this worker has ended")
-            return found
+            self.last = ring = rings[0]
+            found: tuple[bool, Any] | None = ring.receive(0.0)
+            if found is not None:
+                return found
+            rings.clear()
         return self._try_each()
 
     def _try_each(self) -> tuple[bool, Any]:
@@ -98,19 +80,16 @@ class Inputs:
             raise Ended("this worker drains")
         for _ in range(len(self.rings)):
             self._turn = (self._turn + 1) % len(self.rings)  # the next one first: fair over the inputs
-            ring = self.rings[self._turn]
-            self.held = ring
-            found = ring.receive(0.0)
+            self.last = ring = self.rings[self._turn]
+            found: tuple[bool, Any] | None = ring.receive(0.0)
             if found is None:
-                self.rings.remove(ring)
+                del self.rings[self._turn]
                 self._turn -= 1
-                if not self.rings:
-                    break
             elif found[0]:
                 return found
-        self.held = None
         if not self.rings:
             raise EndOfStream("every input of this worker has ended")
+        self.before_sleep()
         return NOTHING
 
     def receive(self, timeout: float | None = None) -> Any:
@@ -120,14 +99,13 @@ class Inputs:
             TimeoutError, EndOfStream, FrameError.
         """
         if len(self.rings) == 1 and not self.covering and not self.draining:
-            ring = self.rings[0]
-            self.held = ring
-            found = ring.receive(1e18 if timeout is None else timeout)
+            self.last = ring = self.rings[0]
+            found = ring.receive(FOREVER if timeout is None else timeout)
             if found is not None and found[0]:
                 return found[1]
             if found is not None and not ring.interrupted:
                 raise TimeoutError(f"no frame came within {timeout:g} s")
-        waiting = BlockingWait(tuple(self.rings), 0, timeout)
+        waiting = BlockingWait(tuple(self.rings), CONSUMER, timeout)
         try:
             while True:
                 found = self.try_receive()
@@ -140,13 +118,16 @@ class Inputs:
 
     async def areceive(self, timeout: float | None = None) -> Any:
         """receive() for asyncio."""
-        found = self.try_receive()
-        if found[0]:
-            return found[1]
-        deadline = None if timeout is None else time.monotonic() + timeout
-        waiting = AsyncWait(tuple(self.rings), 0)
+        for tried in range(self._spins):
+            found = self.try_receive()
+            if found[0]:
+                self._spins = min(SPINS, self._spins + tried)
+                return found[1]
+        self._spins = max(2, self._spins // 2)  # spinning did not help: the producer is slow
+        deadline = _deadline(timeout)
+        waiting = AsyncWait(tuple(self.rings), CONSUMER)
         try:
-            while await waiting.sleep(None if deadline is None else max(0.0, deadline - time.monotonic())):
+            while await waiting.sleep(_left(deadline)):
                 found = self.try_receive()
                 if found[0]:
                     return found[1]
@@ -155,17 +136,21 @@ class Inputs:
         raise TimeoutError(f"no frame came within {timeout:g} s")
 
     def finish(self, dead: bool = False) -> None:
-        """Finish the held frame, if there is one."""
-        if self.held is not None:
-            self.held.finish(dead)
-            self.held = None
+        """Finish the frame in hand, if there is one."""
+        if self.last is not None:
+            self.last.finish(dead)
+
+    def give_back(self) -> None:
+        """Give the frame in hand back: it is delivered again."""
+        if self.last is not None:
+            self.last.give_back()
 
     def interrupt(self) -> None:
         """From another thread: end waits; the next receive raises EndOfStream."""
         self.draining = True
-        for ring in tuple(self.rings):
+        for ring in self.sources:
             ring.interrupted = True
-            ring.bell(0).ring_self()
+            ring.bell(CONSUMER).ring_self()
 
     def close(self) -> None:
         """Finish what is held and leave all queues."""
@@ -193,27 +178,41 @@ class Output:
 
 
 class Outputs:
-    """All edges out of a worker (or of the pipe). Every emit reaches each of them, or none."""
+    """All edges out of a worker (or of the pipe). Every emit reaches each of them, or none.
 
-    def __init__(self, edges: tuple[Output, ...], replies: Ring | None) -> None:
+    Args:
+        edges: of this emitter.
+        replies: where what answers a call goes, instead of to the pipe's sink.
+        inputs: while a frame of these is in hand, a worker that drains may still emit.
+    """
+
+    def __init__(self, edges: tuple[Output, ...], replies: Ring | None, inputs: Inputs | None = None) -> None:
         self.edges = edges
         self.replies = replies
+        self.inputs = inputs
         self.draining = False
         plain = len(edges) == 1 and edges[0].key is None
-        self._only: Ring | None = edges[0].rings[0] if plain else None
-        self._single = self._only if plain and edges[0].target else None
-        """The queue of the commonest case: one edge, no key, no pipe at its end, so that calls need no other way."""
+        self.only: Ring | None = edges[0].rings[0] if plain else None
+        """The queue of the commonest case: one edge without key."""
+        self._single = self.only if plain and edges[0].target else None
+        """The same when the pipe is not at its end, so that calls need no other way."""
 
     def try_send(self, value: Any, dtype: int = -1, execution: int = 0, to: str | None = None) -> bool:
         """True when the value is in every queue it belongs to; False without room."""
         if self.draining:
-            raise Ended("this worker drains: the pipe takes no more from it")
+            self._drain()
         if self._single is not None and to is None:
-            return self._single.send(value, dtype, 0.0, execution)
-        if execution == 0 and self._only is not None and to is None:
-            return self._only.send(value, dtype)
+            return bool(self._single.send(value, dtype, 0.0, execution))
+        if execution == 0 and self.only is not None and to is None:
+            return bool(self.only.send(value, dtype))
         rings, keys = self._route(value, execution, to)
         return fan_send(rings, value, dtype, execution, keys) if rings else True
+
+    def _drain(self) -> None:
+        if self.inputs is None or self.inputs.held is None:
+            raise Ended("it drains: nothing more is taken from it")
+        for ring in self.rings():
+            ring.interrupted = False  # what belongs to the frame in hand still goes out, and waits for room
 
     def _route(self, value: Any, execution: int, to: str | None) -> tuple[tuple[Ring, ...], tuple[int, ...]]:
         chosen = []
@@ -229,19 +228,19 @@ class Outputs:
             raise ValueError(f"no edge leads to {to!r}; edges lead to: {known}")
         return tuple(ring for ring, _ in chosen), tuple(key for _, key in chosen)
 
-    def send(self, value: Any, dtype: int = -1, execution: int = 0, timeout: float | None = None, to: str | None = None) -> bool:
+    def send(
+        self, value: Any, dtype: int = -1, execution: int = 0, timeout: float | None = None, to: str | None = None
+    ) -> bool:
         """Wait for room up to `timeout` seconds (None: for ever). False when there was none."""
         if self.try_send(value, dtype, execution, to):
             return True
-        deadline = None if timeout is None else time.monotonic() + timeout
-        single = self._single or (self._only if execution == 0 else None)
+        single = self._single or (self.only if execution == 0 else None)
         if single is not None and to is None:
-            while not single.send(value, dtype, 1e18 if timeout is None else timeout, execution):
-                if not self.draining:
-                    return False
-                self.try_send(value, dtype, execution)  # raises Ended
-            return True
-        waiting = BlockingWait(self._route(value, execution, to)[0], 1, timeout)
+            if single.send(value, dtype, FOREVER if timeout is None else timeout, execution):
+                return True
+            if not self.draining:
+                return False
+        waiting = BlockingWait(self._route(value, execution, to)[0], PRODUCER, timeout)
         try:
             while waiting.sleep():
                 if self.try_send(value, dtype, execution, to):
@@ -256,27 +255,30 @@ class Outputs:
         """send() for asyncio."""
         if self.try_send(value, dtype, execution, to):
             return True
-        deadline = None if timeout is None else time.monotonic() + timeout
-        waiting = AsyncWait(self._route(value, execution, to)[0], 1)
+        deadline = _deadline(timeout)
+        waiting = AsyncWait(self._route(value, execution, to)[0], PRODUCER)
         try:
-            while await waiting.sleep(None if deadline is None else max(0.0, deadline - time.monotonic())):
+            while await waiting.sleep(_left(deadline)):
                 if self.try_send(value, dtype, execution, to):
                     return True
+            return self.try_send(value, dtype, execution, to)
         finally:
             waiting.leave()
-        return self.try_send(value, dtype, execution, to)
+
+    def children(self, to: str | None) -> int:
+        """Processors that one emit reaches (only `to`, when it is given)."""
+        return sum(1 for edge in self.edges if edge.target and to in (None, edge.target))
 
     def rings(self) -> list[Ring]:
-        """Every queue this worker may write to."""
-        found = [ring for edge in self.edges for ring in edge.rings]
-        return found + ([self.replies] if self.replies is not None else [])
+        """Every queue of its edges."""
+        return [ring for edge in self.edges for ring in edge.rings]
 
     def interrupt(self) -> None:
-        """From another thread: end waits; the next send raises EndOfStream."""
+        """From another thread: end waits; the next send raises EndOfStream, unless a frame is in hand."""
         self.draining = True
         for ring in self.rings():
             ring.interrupted = True
-            ring.bell(1).ring_self()
+            ring.bell(PRODUCER).ring_self()
 
     def close(self, reply_producer: int | None = None) -> None:
         """Close this producer's end of stream on every queue and leave."""

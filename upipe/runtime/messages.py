@@ -1,12 +1,12 @@
 """What supervisor, fork server and workers say to each other, named by direction; one door for encoding.
 
     supervisor -> server   Spawn                          (the worker's socket travels beside it)
-    server -> supervisor   Spawned (with a pidfd), Exited, Paused
+    server -> supervisor   Spawned (with a pidfd), Refused, Exited, Paused
     supervisor -> worker   Assignment, Drain
-    worker -> supervisor   Ready, Done, Raised, Buried, Checkpointed
+    worker -> supervisor   Ready, Done, Raised, Buried
 
-All over SOCK_SEQPACKET socketpairs: one message a packet, and the end of the file is the death of the other side. Frames
-never travel here.
+All over SOCK_SEQPACKET socketpairs: one message a packet, and the end of the file is the death of the other side.
+Frames never travel here. What users write into an exception is bounded here, at the sender: see `encode`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ import socket
 
 import msgspec
 
+from upipe.errors import PipeError
 from upipe.graph.plan import OutputPlan
 
-PACKET = 1 << 20
-"""Largest message in bytes."""
+PACKET = 192 * 1024
+"""Largest message in bytes. The kernel's default of net.core.wmem_max, 208 KiB, is the most a socket buffer may ask
+for, and a packet must fit the buffer."""
+TEXT = 12 * 1024
+"""Most characters of a remote message or traceback that travel: the beginning and, twice as much, the end."""
 
 
 class Spawn(msgspec.Struct, frozen=True, tag=True):
@@ -35,6 +39,13 @@ class Spawned(msgspec.Struct, frozen=True, tag=True):
     worker: str
     pid: int
     start: int
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """It could not be forked."""
+
+    worker: str
+    reason: str
 
 
 class Exited(msgspec.Struct, frozen=True, tag=True):
@@ -86,6 +97,8 @@ class Assignment(msgspec.Struct, frozen=True, tag=True):
     emit_wait: float
     sys_path: tuple[str, ...]
     cwd: str
+    frame_timeout: float | None = None
+    """Seconds a frame may take; see Processor."""
 
     @property
     def worker(self) -> str:
@@ -106,7 +119,8 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class Raised(msgspec.Struct, frozen=True, tag=True):
-    """User code raised. phase "load": the code cannot run here at all; "frame": one value; "run": it ended the worker."""
+    """User code raised. phase "load": the code cannot run here at all; "frame": one value; "run": it ended the
+    worker."""
 
     phase: str
     kind: str
@@ -122,7 +136,7 @@ class Buried(msgspec.Struct, frozen=True, tag=True):
 
 
 ToServer = Spawn
-FromServer = Spawned | Exited | Paused
+FromServer = Spawned | Refused | Exited | Paused
 ToWorker = Assignment | Drain
 FromWorker = Ready | Done | Raised | Buried
 
@@ -134,8 +148,34 @@ _from_worker = msgspec.msgpack.Decoder(FromWorker)
 
 
 def encode(message: ToServer | FromServer | ToWorker | FromWorker) -> bytes:
-    """The one door out."""
-    return _encoder.encode(message)
+    """The one door out.
+
+    Texts of users are made to fit: shortened in the middle, and with what cannot be encoded replaced.
+
+    Raises:
+        PipeError: the message is larger than PACKET.
+    """
+    if isinstance(message, Raised):
+        message = msgspec.structs.replace(
+            message,
+            kind=shorten(message.kind, 200),
+            message=shorten(message.message),
+            traceback=shorten(message.traceback),
+        )
+    data = _encoder.encode(message)
+    if len(data) > PACKET:
+        raise PipeError(
+            f"a control message ({type(message).__name__}) of {len(data):,} bytes is larger than {PACKET:,}"
+        )
+    return data
+
+
+def shorten(text: str, most: int = TEXT) -> str:
+    """At most about `most` characters of a text, all of which UTF-8 can carry."""
+    if len(text) > most:
+        start, end = most // 3, most - most // 3
+        text = f"{text[:start]}\n... {len(text) - most:,} characters left out ...\n{text[-end:]}"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def decode_to_server(data: bytes) -> ToServer:

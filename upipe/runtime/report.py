@@ -89,14 +89,17 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         return all(edge.balanced and not (ended and edge.in_flight and edge.target) for edge in self.edges)
 
     def __str__(self) -> str:
-        lines = [f"pipe {self.pipe}: {self.state} after {self.seconds:.2f} s, books {'balanced' if self.balanced else 'NOT BALANCED'}"]
+        books = "balanced" if self.balanced else "NOT BALANCED"
+        lines = [f"pipe {self.pipe}: {self.state} after {self.seconds:.2f} s, books {books}"]
         lines += [
-            f"  {edge.source or 'pipe'} -> {edge.target or 'pipe'}: {edge.emitted} emitted = {edge.finished} finished + "
-            f"{edge.dead} dead + {edge.dropped} dropped + {edge.in_flight} in flight ({edge.rate:,.0f}/s, {edge.mb_s:,.1f} MB/s)"
-            for edge in self.edges
+            f"  {one.source or 'pipe'} -> {one.target or 'pipe'}: {one.emitted} emitted = {one.finished} finished + "
+            f"{one.dead} dead + {one.dropped} dropped + {one.in_flight} in flight "
+            f"({one.rate:,.0f}/s, {one.mb_s:,.1f} MB/s)"
+            for one in self.edges
         ]
         lines += [
-            f"  {one.name}: {one.frames_in} in, {one.frames_out} out, {one.restarts} restarts, {one.dead_letters} dead letters"
+            f"  {one.name}: {one.frames_in} in, {one.frames_out} out, {one.restarts} restarts, "
+            f"{one.dead_letters} dead letters"
             for one in self.processors
         ]
         return "\n".join(lines)

@@ -11,13 +11,15 @@ from __future__ import annotations
 import inspect
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from upipe.errors import EndOfStream
+from upipe.runtime.mapped import is_async, map_async, map_sync, run_async
 from upipe.runtime.spool import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint
+from upipe.runtime.worker import Worker
 
-if TYPE_CHECKING:
-    from upipe.runtime.worker import Worker
+LOOK_EVERY = 16
+"""Frames between two looks at the room in the queue."""
 
 
 class Stateful:
@@ -27,6 +29,10 @@ class Stateful:
         self.worker = worker
         self.instance = instance
         self.saving = hasattr(instance, "checkpoint") and hasattr(instance, "restore")
+        if self.saving and (is_async(instance.checkpoint) or is_async(instance.restore)):
+            raise TypeError(
+                f"checkpoint and restore of class {type(instance).__qualname__} must be plain methods, not async"
+            )
         self.path = checkpoint_path(
             Path(worker.assignment.spool), worker.assignment.processor, worker.assignment.index
         )
@@ -35,73 +41,27 @@ class Stateful:
 
     def run(self) -> None:
         """setup or restore, the stream, teardown."""
-        asynchronous = any(inspect.iscoroutinefunction(getattr(self.instance, name, None)) for name in ("setup", "process", "teardown"))
-        if asynchronous or inspect.isasyncgenfunction(self.instance.process):
-            from upipe.runtime.worker import run_async
-
+        if any(is_async(getattr(self.instance, name, None)) for name in ("setup", "process", "teardown")):
             run_async(self._run_async())
             return
         self._call("setup")
         self._restore()
         try:
-            self._loop()
+            map_sync(self.worker, self.instance.process, self._cover)
+        except EndOfStream:
+            self._save()
         finally:
             self._call("teardown")
 
-    def _loop(self) -> None:
-        from upipe.runtime.worker import emit_result
-
-        worker = self.worker
-        while True:
-            try:
-                value = self._receive()
-                result = self.instance.process(value)
-                emit_result(worker, result)
-                worker.answered()
-            except EndOfStream:
-                return
-            except Exception as error:
-                worker.failed(error)
-                continue
-            self._cover()
-
     async def _run_async(self) -> None:
-        from upipe.runtime.worker import _emit_async
-
         await self._acall("setup")
         self._restore()
-        worker = self.worker
         try:
-            while True:
-                try:
-                    value = await self._areceive()
-                    await _emit_async(worker, self.instance.process(value))
-                    worker.answered()
-                except EndOfStream:
-                    return
-                except Exception as error:
-                    worker.failed(error)
-                    continue
-                self._cover()
+            await map_async(self.worker, self.instance.process, self._cover)
+        except EndOfStream:
+            self._save()
         finally:
             await self._acall("teardown")
-
-    def _receive(self) -> Any:
-        """Next value; before sleeping, what is done is saved, so that an idle worker holds nothing back."""
-        if self.covered:
-            found = self.worker.try_receive()
-            if found[0]:
-                return found[1]
-            self._save()
-        return self.worker.receive()
-
-    async def _areceive(self) -> Any:
-        if self.covered:
-            found = self.worker.try_receive()
-            if found[0]:
-                return found[1]
-            self._save()
-        return await self.worker.areceive()
 
     def _call(self, name: str) -> None:
         method = getattr(self.instance, name, None)
@@ -119,29 +79,24 @@ class Stateful:
         if not self.saving:
             return
         self.worker.inputs.covering = True
+        self.worker.inputs.before_sleep = self._save
         saved = load_checkpoint(self.path)
         if saved is not None:
             self.instance.restore(pickle.loads(saved.state))  # our own file, 0600
 
     def _cover(self) -> None:
         """The frame in hand is in the state now."""
-        if not self.saving:
+        ring = self.worker.inputs.held
+        if not self.saving or ring is None:
             return
-        inputs = self.worker.inputs
-        ring, inputs.held = inputs.held, None
-        if ring is None:
-            return
-        position = ring.detach_held()
-        if position is not None:
-            self.covered.append((ring, position))
-        held = sum(1 for _ in self.covered)
-        crowded = ring.counters()["head"] - ring.counters()["tail"] > ring.capacity // 4 if held % 16 == 0 else False
-        if held >= self.worker.assignment.checkpoint_every or crowded:
+        self.covered.append((ring, ring.detach_held()))
+        held = len(self.covered)
+        if held >= self.worker.assignment.checkpoint_every or (held % LOOK_EVERY == 0 and _crowded(ring)):
             self._save()
 
     def _save(self) -> None:
         """Write the state with the frames it contains, then finish those."""
-        if not self.saving or not self.covered:
+        if not self.covered:
             return
         covered: dict[str, list[int]] = {}
         for ring, position in self.covered:
@@ -150,3 +105,9 @@ class Stateful:
         for ring, position in self.covered:
             ring.end(position)
         self.covered = []
+
+
+def _crowded(ring: Any) -> bool:
+    """Whether what is held takes so much room that producers may soon wait for the checkpoint."""
+    counters = ring.counters()
+    return bool(counters["head"] - counters["tail"] > ring.capacity // 4)

@@ -1,16 +1,17 @@
 """The supervisor of a pipe, as a pure state machine: events and `now` in, commands out. The shell is local.py.
 
-    Spawned  Ready  Done  Raised  Exited  Paused  Load        what happened
-    DrainPipe  StopPipe  Tick                                 what was asked for, and the time that passed
+    Spawned  Refused  Ready  Done  Raised  Exited  Paused  Load     what happened
+    GaveUp  DrainPipe  StopPipe  Tick                         what was asked for, and the time that passed
                  |
              handle(event, now)
                  |
     StartWorker  KillWorker  DrainWorker  Recover             what to do
     DeclareEnds  CloseEnds  DiscardInputs  CloseInput  PipeUp  PipeEnded
 
-Rules: a worker that exits cleanly (or was done) has its ends of stream closed; one that dies is recovered first, then run
-again under the next epoch. A processor whose workers have all ended reads no more: its inputs discard. The pipe is
-completed when every processor has ended, failed as soon as one cannot go on.
+Rules: a worker that exits cleanly (or was done) has its ends of stream closed; one that dies is recovered first, then
+run again under the next epoch. A mapped worker ends well only when it said so: `os._exit(0)` in user code would
+otherwise end the stream and drop what still waits. A processor whose workers have all ended reads no more: its inputs
+discard. The pipe is completed when every processor has ended, failed as soon as one cannot go on.
 """
 
 from __future__ import annotations
@@ -21,176 +22,33 @@ from upipe.graph.plan import Plan, WorkerPlan
 from upipe.graph.spec import PipeSpec, ProcessorSpec
 from upipe.lifecycle import PIPE, PIPE_ENDED, WORKER, WORKER_ENDED, Machine
 from upipe.runtime.autoscale import Controller
-from upipe.runtime.restarts import Restarts
-
-# ------------------------------------------------------------------ events
-
-
-@dataclass(frozen=True, slots=True)
-class Spawned:
-    """The process of a worker runs. start: ticks after boot."""
-
-    worker: str
-    pid: int
-    start: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """Its code is loaded and its queues are attached."""
-
-    worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """Its code returned and everything is closed."""
-
-    worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class Raised:
-    """User code raised; see messages.Raised."""
-
-    worker: str
-    phase: str
-    kind: str
-    message: str
-    traceback: str
-    fatal: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Exited:
-    """The process ended and was reaped. status: exit code, or minus the signal."""
-
-    worker: str
-    pid: int
-    status: int
-    cpu_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Paused:
-    """The process was stopped (SIGSTOP) or continued."""
-
-    worker: str
-    paused: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Input of an autoscaled processor: share of the ring in use (0..1), age of the oldest frame (s), frames waiting."""
-
-    processor: str
-    used_share: float
-    oldest_age: float
-    waiting: int
-
-
-@dataclass(frozen=True, slots=True)
-class GaveUp:
-    """The shell cannot go on (shared memory for dead letters is used up, no fork server can be had)."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class DrainPipe:
-    """terminate(): take no more in, finish the rest."""
-
-
-@dataclass(frozen=True, slots=True)
-class StopPipe:
-    """stop(): end now."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time passed; see deadline()."""
-
-
-Event = Spawned | Ready | Done | Raised | Exited | Paused | Load | GaveUp | DrainPipe | StopPipe | Tick
-
-# ------------------------------------------------------------------ commands
-
-
-@dataclass(frozen=True, slots=True)
-class StartWorker:
-    """Fork it, in this life number."""
-
-    worker: str
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class KillWorker:
-    """SIGKILL."""
-
-    worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class DrainWorker:
-    """Ask it to finish and end."""
-
-    worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class Recover:
-    """Give back what the dead process held, on all its queues."""
-
-    worker: str
-    pid: int
-    start: int
-
-
-@dataclass(frozen=True, slots=True)
-class DeclareEnds:
-    """Its streams shall not end before it closed them."""
-
-    worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class CloseEnds:
-    """Close its ends of stream (it may have done so itself)."""
-
-    worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class DiscardInputs:
-    """Nobody reads this processor's inputs any more."""
-
-    processor: str
-
-
-@dataclass(frozen=True, slots=True)
-class CloseInput:
-    """Close the pipe's own end into its roots."""
-
-
-@dataclass(frozen=True, slots=True)
-class PipeUp:
-    """Every worker reported ready."""
-
-
-@dataclass(frozen=True, slots=True)
-class PipeEnded:
-    """completed, failed or stopped; with the reasons of a failure."""
-
-    state: str
-    reasons: tuple[str, ...] = ()
-
-
-Command = (
-    StartWorker | KillWorker | DrainWorker | Recover | DeclareEnds | CloseEnds | DiscardInputs | CloseInput | PipeUp | PipeEnded
+from upipe.runtime.events import (
+    CloseEnds,
+    CloseInput,
+    Command,
+    DeclareEnds,
+    DiscardInputs,
+    Done,
+    DrainPipe,
+    DrainWorker,
+    Event,
+    Exited,
+    GaveUp,
+    KillWorker,
+    Load,
+    Paused,
+    PipeEnded,
+    PipeUp,
+    Raised,
+    Ready,
+    Recover,
+    Refused,
+    Spawned,
+    StartWorker,
+    StopPipe,
+    Tick,
 )
-
-# ------------------------------------------------------------------ the machine
+from upipe.runtime.restarts import Restarts
 
 
 @dataclass
@@ -208,7 +66,7 @@ class Slot:
     done: bool = False
     """Said Done in this life."""
     spawn_at: float | None = None
-    """When it is run again. Set exactly while the machine is lost."""
+    """When it is run again. Set exactly while the machine is lost; what the dead life held was given back before."""
     kill_at: float | None = None
     """When it is killed for being stopped. Set only while it runs paused."""
     error: str = ""
@@ -314,6 +172,12 @@ class Supervisor:
         if isinstance(event, Paused):
             slot.kill_at = now + self.spec.settings.stopped_grace if event.paused and slot.alive else None
             return []
+        if isinstance(event, Refused):
+            slot.error = f"its process could not be started: {event.reason}"
+            told = self._exited(slot, Exited(slot.name, 0, 1, 0.0), now)
+            return [
+                command for command in told if not isinstance(command, Recover)
+            ]  # there was nothing that held a frame
         return self._exited(slot, event, now)
 
     def deadline(self) -> float | None:
@@ -324,11 +188,18 @@ class Supervisor:
 
     def validate(self) -> None:
         """Assert the invariants that stand beside the fields (for tests)."""
+        for crew in self.crews.values():
+            assert [slot.plan.index for slot in crew.slots] == sorted({slot.plan.index for slot in crew.slots}), crew
+            assert all(self.slots[slot.name] is slot for slot in crew.slots), crew
+            assert crew.discarded <= crew.ended, crew
         for slot in self.slots.values():
+            assert slot.epoch >= 1, slot
             assert (slot.spawn_at is not None) == (slot.machine.state == "lost"), slot
             assert slot.kill_at is None or slot.alive, slot
-        if self.pipe.state == "completed":
-            assert all(crew.ended for crew in self.crews.values())
+        assert bool(self.reasons) == (self.pipe.state == "failed"), self.reasons
+        if self.pipe.state in PIPE_ENDED:
+            assert all(crew.ended for crew in self.crews.values()), self.pipe
+            assert self.deadline() is None
 
     # -------------------------------------------------------------- workers
 
@@ -336,7 +207,9 @@ class Supervisor:
         crew = self.crews[processor]
         plan = self._plans[processor, index]
         old = self.slots.get(f"{processor}#{index}")
-        slot = Slot(plan, crew.spec, Machine(WORKER, "spawning", f"worker {processor}#{index}"), old.epoch if old else 0)
+        slot = Slot(
+            plan, crew.spec, Machine(WORKER, "spawning", f"worker {processor}#{index}"), old.epoch if old else 0
+        )
         slot.epoch += 1
         if old is not None:
             crew.slots.remove(old)
@@ -352,14 +225,18 @@ class Supervisor:
         return self._up()
 
     def _up(self) -> list[Command]:
-        waiting = [one for one in self.slots.values() if one.machine.state in ("spawning", "lost") and one.spec.kind != "entry"]
+        waiting = [
+            one for one in self.slots.values() if one.machine.state in ("spawning", "lost") and one.spec.kind != "entry"
+        ]
         if self.pipe.state != "starting" or waiting:
             return []
         self.pipe.fire("up")
         return [PipeUp()]
 
     def _raised(self, slot: Slot, event: Raised) -> list[Command]:
-        slot.error = f"{event.kind}: {event.message}\n--- remote traceback of {slot.name} ---\n{event.traceback.rstrip()}"
+        slot.error = (
+            f"{event.kind}: {event.message}\n--- remote traceback of {slot.name} ---\n{event.traceback.rstrip()}"
+        )
         if not event.fatal:
             return []
         what = "cannot load its code" if event.phase == "load" else "raised"
@@ -368,29 +245,37 @@ class Supervisor:
     def _exited(self, slot: Slot, event: Exited, now: float) -> list[Command]:
         crew = self.crews[slot.plan.processor]
         crew.cpu_seconds += event.cpu_seconds
+        if not slot.alive or (event.pid and event.pid != slot.pid):
+            return []  # an earlier life
         slot.kill_at = None
-        if not slot.alive:
-            return []
-        if event.status == 0 or slot.done:
+        if slot.done or (event.status == 0 and crew.spec.kind not in ("map", "class")):
             slot.machine.fire("exit")
             return [Recover(slot.name, event.pid, slot.start), CloseEnds(slot.name), *self._crew_ended(crew)]
         draining = slot.machine.state == "draining"
         slot.machine.fire("die")
         crew.deaths += 1
         recover = Recover(slot.name, event.pid, slot.start)
-        if draining or (self.pipe.state == "draining" and slot.plan.processor in self._roots and crew.spec.kind in ("source", "driver")):
+        if draining or (
+            self.pipe.state == "draining"
+            and slot.plan.processor in self._roots
+            and crew.spec.kind in ("source", "driver")
+        ):
             slot.machine.fire("drain")
             return [recover, CloseEnds(slot.name), *self._crew_ended(crew)]
         delay = crew.restarts.died(now)
         if delay is None:
-            died = f"exit status {event.status}" if event.status > 0 else f"signal {-event.status}"
+            died = f"exit status {event.status}" if event.status >= 0 else f"signal {-event.status}"
             slot.machine.fire("fail")
-            return [recover, *self._fail(
-                f"processor {slot.plan.processor!r}: its workers died {crew.restarts.count} times within "
-                f"{crew.spec.restart.window:g} s, more than restart.limit={crew.spec.restart.limit} allows (last: {slot.name}, "
-                f"{died}){': ' + slot.error if slot.error else ''}"
-            )]
+            return [
+                recover,
+                *self._fail(
+                    f"processor {slot.plan.processor!r}: its workers died {crew.restarts.count} times within "
+                    f"{crew.spec.restart.window:g} s, more than restart.limit={crew.spec.restart.limit} allows "
+                    f"(last: {slot.name}, {died}){': ' + slot.error if slot.error else ''}"
+                ),
+            ]
         slot.spawn_at = now + delay
+        slot.pid = slot.start = 0
         return [recover, *self._tick(now)]
 
     def _tick(self, now: float) -> list[Command]:
@@ -458,11 +343,13 @@ class Supervisor:
 
     def _late(self, event: Event) -> list[Command]:
         """After the end only the account goes on."""
+        slot = self.slots.get(event.worker) if isinstance(event, Spawned | Exited) else None
+        if slot is None:
+            return []
         if isinstance(event, Spawned):
-            self.slots[event.worker].pid, self.slots[event.worker].start = event.pid, event.start
-            return [KillWorker(event.worker)] if self.pipe.state != "completed" else []
+            slot.pid, slot.start = event.pid, event.start
+            return [KillWorker(event.worker)]
         if isinstance(event, Exited):
-            slot = self.slots[event.worker]
             self.crews[slot.plan.processor].cpu_seconds += event.cpu_seconds
             return [Recover(event.worker, event.pid, slot.start)]
         return []

@@ -1,33 +1,35 @@
 """The worker process: takes its assignment, runs the processor's code over its queues, reports, ends.
 
-Order at the end, so that a crash between any two steps loses nothing: code returns -> held frame finished -> own ends of
-stream closed -> Done said -> exit 0. A worker that dies before the exit is run again.
+Order at the end, so that a crash between any two steps loses nothing: code returns -> held frame finished -> own ends
+of stream closed -> Done said -> exit 0. A worker that dies before the exit is run again.
 """
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import os
 import pickle
+import signal
 import socket
 import sys
 import threading
-import traceback
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
 from upipe.errors import EndOfStream, FrameCorrupt, FrameError, NotInWorker
-from upipe.frame import register_type
+from upipe.frame import ERROR, REPLY, DType, register_type
 from upipe.graph.plan import OutputPlan
 from upipe.memq.queue import MemQ
 from upipe.runtime import messages
-from upipe.runtime.channels import Inputs, Output, Outputs
+from upipe.runtime.calls import CURRENT, Call
+from upipe.runtime.channels import FOREVER, Inputs, Output, Outputs
 from upipe.runtime.messages import Assignment, Buried, Done, Drain, Raised, Ready
 from upipe.runtime.spool import DeadLetter, bury
-from upipe.runtime.worker_state import key_function, verdict
+from upipe.runtime.waits import CONSUMER, PRODUCER
+from upipe.runtime.worker_state import Told, describe, key_function, verdict
 
-ERROR_FLAGS = 2 | 4  # REPLY, ERROR
+SELF_DRIVEN = ("driver", "source", "entry")
+"""Kinds of code that decide themselves when to emit: draining ends their emits too, not only their input."""
 _current: Worker | None = None
 
 
@@ -50,16 +52,20 @@ class Worker:
         self.control = control
         self.assignment = assignment
         self.bundle = bundle
-        self.execution = 0
-        """Execution id of the frame in hand: what is emitted answers the same call."""
-        self._emitted_for_call = False
-        self._unreadable = False
-        """The frame in hand cannot be decoded: trying again is of no use."""
+        self.limit = assignment.frame_timeout or 0.0
+        """Seconds a frame may take, 0 = no limit."""
+        self.direct = not self.limit and assignment.kind != "class"
+        """No call, drain, limit or checkpoints: a frame needs nothing but its queue. Written again only to False."""
+        self._calls = False
+        """A frame of a call was seen."""
         self.inputs = Inputs(tuple(self._attach(name) for name in assignment.inputs), assignment.sources)
         edges = tuple(self._output(plan) for plan in assignment.outputs)
         self.replies = self._producer(assignment.replies, assignment.reply_producer)
-        self.outputs = Outputs(edges, self.replies)
+        self.outputs = Outputs(edges, self.replies, self.inputs)
         self._mutex = threading.Lock()
+        self._untold = 0
+        """Bytes of dead letters that the supervisor does not know of yet."""
+        self._make_bells()
         threading.Thread(target=self._listen, name="upipe-control", daemon=True).start()
 
     def _attach(self, name: str) -> MemQ:
@@ -75,15 +81,42 @@ class Worker:
         rings = tuple(self._producer(name, plan.producer) for name in plan.queues)
         return Output(plan, rings, None if key is None else key_function(key))
 
+    def _make_bells(self) -> None:
+        """Before the control thread, which rings them: two threads must not make the same one."""
+        for ring in self.inputs.rings:
+            ring.bell(CONSUMER)
+        for ring in self.outputs.rings() if self.assignment.kind in SELF_DRIVEN else ():
+            ring.bell(PRODUCER)
+
     # ------------------------------------------------------------------ control
 
     def say(self, message: messages.FromWorker) -> None:
-        """Tell the supervisor. When it is gone the fork server ends us; nothing to do here."""
+        """Tell the supervisor. When it is gone the fork server ends us; nothing to do here.
+
+        Frames flow while it does not listen: one more exception of a frame is left out then, and the bytes of dead
+        letters are told with the next ones.
+        """
+        with self._mutex:
+            if isinstance(message, Buried):
+                message = Buried(message.size + self._untold)
+                self._untold = 0 if self._send(message, socket.MSG_DONTWAIT) else message.size
+            elif isinstance(message, Raised) and not message.fatal:
+                self._send(message, socket.MSG_DONTWAIT)
+            else:
+                if self._untold:
+                    self._send(Buried(self._untold))
+                    self._untold = 0
+                self._send(message)
+
+    def _send(self, message: messages.FromWorker, flags: int = 0) -> bool:
+        """False: there was no room, and flags said not to wait for it."""
         try:
-            with self._mutex:
-                self.control.send(messages.encode(message))
+            self.control.send(messages.encode(message), flags)
+        except BlockingIOError:
+            return False
         except (BrokenPipeError, ConnectionResetError):
-            pass  # said above
+            pass  # it is gone; see say()
+        return True
 
     def _listen(self) -> None:
         while True:
@@ -94,113 +127,224 @@ class Worker:
             if not data:
                 os._exit(1)  # the supervisor is gone
             if isinstance(messages.decode_to_worker(data), Drain):
+                self.direct = False
                 self.inputs.interrupt()
-                self.outputs.interrupt()
+                if self.assignment.kind in SELF_DRIVEN:
+                    self.outputs.interrupt()
 
-    # ------------------------------------------------------------------ frames
+    # ------------------------------------------------------------------ emitting
 
-    def took(self) -> None:
-        """A frame was received: what is emitted from now on belongs to it."""
-        ring = self.inputs.held
-        self.execution = ring.last_execution if ring is not None else 0
-        self._emitted_for_call = False
+    def _in_call(self) -> Call | None:
+        call = CURRENT.get() if self._calls else None
+        return call if call is not None and call.execution else None
 
     def try_emit(self, value: Any, dtype: int = -1, to: str | None = None) -> bool:
-        """Emit without waiting, under the execution in hand."""
-        done = self.outputs.try_send(value, dtype, self.execution, to)
-        self._emitted_for_call = self._emitted_for_call or done
-        return done
+        """Emit without waiting."""
+        call = self._in_call()
+        if call is None:
+            return self.outputs.try_send(value, dtype, 0, to)
+        more = self._announce(call, to)
+        return self.outputs.try_send(value, dtype, call.execution, to) and self._sent(call, more)
 
-    def emit(self, value: Any) -> None:
-        """Emit a mapped result, waiting for room as long as it takes."""
-        self.outputs.send(value, -1, self.execution)
-        self._emitted_for_call = True
+    def emit(self, value: Any, dtype: int = -1, timeout: float | None = None, to: str | None = None) -> bool:
+        """Emit, waiting for room up to `timeout` seconds (None: for ever). False when there was none."""
+        only = self.outputs.only
+        if self.direct and only is not None and to is None and only.send(value, dtype):
+            return True
+        if self.try_emit(value, dtype, to):
+            return True
+        pause, call = self._pause(), self._in_call()
+        try:
+            if call is None:
+                return self.outputs.send(value, dtype, 0, timeout, to)
+            more = self._announce(call, to)
+            return self.outputs.send(value, dtype, call.execution, timeout, to) and self._sent(call, more)
+        finally:
+            self._limit(pause)
 
-    async def aemit(self, value: Any) -> None:
+    async def aemit(self, value: Any, dtype: int = -1, timeout: float | None = None, to: str | None = None) -> bool:
         """emit() for asyncio."""
-        await self.outputs.asend(value, -1, self.execution)
-        self._emitted_for_call = True
+        if self.try_emit(value, dtype, to):
+            return True
+        pause, call = self._pause(), self._in_call()
+        try:
+            if call is None:
+                return await self.outputs.asend(value, dtype, 0, timeout, to)
+            more = self._announce(call, to)
+            return await self.outputs.asend(value, dtype, call.execution, timeout, to) and self._sent(call, more)
+        finally:
+            self._limit(pause)
 
-    def answered(self) -> None:
-        """A mapped frame is through: a call that nothing was emitted for is answered with None, or it would wait."""
-        if self.execution and not self._emitted_for_call:
-            self.replies.send(None, -1, 1e18, self.execution)
+    def _announce(self, call: Call, to: str | None) -> int:
+        more = self.outputs.children(to)
+        self._count(call, max(call.announced, call.children + more + call.yielding))
+        return more
 
-    def failed(self, error: BaseException) -> None:
-        """Processing the held frame raised: give it back, bury it, or fail the pipe."""
-        ring = self.inputs.held
-        told = "".join(traceback.format_exception(error))
-        kind = type(error).__qualname__
-        if ring is None:
-            raise error
-        what = self.assignment
-        position, deliveries = ring.holding, ring.header()[1]
-        decided = verdict(what.on_error, deliveries, what.max_deliveries, self._unreadable)
-        self.say(Raised("frame", kind, str(error), told, decided == "fail"))
-        if decided != "bury":
-            self.inputs.held = None
-            ring.give_back()
-            if decided == "fail":
-                raise SystemExit(1)
-            return
-        queue = ring.label.rpartition("/")[2]
-        letter = DeadLetter(
-            what.processor, what.worker, self.inputs.sources[ring], queue, position, deliveries, kind, str(error), told,
-            ring.raw(position),
-        )
-        self.say(Buried(bury(Path(what.spool), letter)))
-        if self.execution:
-            record = {"processor": what.processor, "worker": what.worker, "kind": kind, "message": str(error), "traceback": told}
-            self.replies.send(record, 19, 1e18, self.execution, 0, ERROR_FLAGS)
-        self.inputs.finish(dead=True)
+    def _count(self, call: Call, announced: int) -> None:
+        if announced != call.announced:
+            self.replies.send(announced - call.announced, DType.I64, FOREVER, call.execution, 0, REPLY)
+            call.announced = announced
+
+    def _sent(self, call: Call, more: int) -> bool:
+        call.children += more
+        call.answered = call.answered or not more
+        return True
+
+    def yields(self) -> None:
+        """The frame in hand gives a stream of values."""
+        call = self._in_call()
+        if call is not None:
+            call.yielding = True
+
+    def through(self, again: bool = False) -> None:
+        """A mapped frame is through (or is given `again`): a call that it was filtered out of must not wait for it."""
+        call = self._in_call()
+        if call is not None and not call.answered:
+            self._count(call, call.children + again)
+
+    # ------------------------------------------------------------------ receiving
+
+    def took(self, call: Call | None = None) -> None:
+        """A frame was received: what is emitted in this context (or in that of `call`) from now on belongs to it."""
+        ring = self.inputs.last
+        execution = ring.last_execution if ring is not None else 0
+        if execution or self._calls:
+            self.direct, self._calls = False, True
+            if call is None:
+                call = Call()
+                CURRENT.set(call)
+            call.execution = execution
+        if self.limit:
+            self._limit(self.limit)
 
     def receive(self, timeout: float | None = None) -> Any:
         """Next readable value; frames that cannot be read go to the dead letters."""
+        if self.limit:
+            self._pause()
+        inputs = self.inputs
         while True:
             try:
-                value = self.inputs.receive(timeout)
+                value = inputs.receive(timeout)
             except FrameError as error:
                 self.unreadable(error)
                 continue
-            self.took()
+            if not self.direct or inputs.last.last_execution:
+                self.took()
             return value
 
-    async def areceive(self, timeout: float | None = None) -> Any:
-        """receive() for asyncio."""
+    def areceive(self, timeout: float | None = None) -> Coroutine[Any, Any, Any]:
+        """receive() for asyncio. The caller's own context gets the call, whatever task awaits the coroutine."""
+        call = Call()
+        CURRENT.set(call)
+        return self._areceive(timeout, call)
+
+    async def _areceive(self, timeout: float | None, call: Call) -> Any:
+        self._pause()
         while True:
             try:
                 value = await self.inputs.areceive(timeout)
             except FrameError as error:
                 self.unreadable(error)
                 continue
-            self.took()
+            self.took(call)
             return value
 
     def try_receive(self) -> tuple[bool, Any]:
         """(True, value), or (False, None)."""
+        if self.limit:
+            self._pause()
+        inputs = self.inputs
         while True:
             try:
-                found = self.inputs.try_receive()
+                found = inputs.try_receive()
             except FrameError as error:
                 self.unreadable(error)
                 continue
-            if found[0]:
+            if found[0] and (not self.direct or inputs.last.last_execution):
                 self.took()
             return found
 
+    def ack(self) -> None:
+        """Finish the frame in hand now; with checkpoints they do it."""
+        if not self.inputs.covering:
+            self._pause()
+            self.inputs.finish()
+
+    # ------------------------------------------------------------------ the time a frame may take
+
+    def _limit(self, seconds: float) -> None:
+        """SIGALRM after so much time, whose default action is death: the kernel does it, however stuck the code is."""
+        if self.limit and seconds:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def _pause(self) -> float:
+        """Time spent waiting is not the frame's. Returns the seconds that were left."""
+        return signal.setitimer(signal.ITIMER_REAL, 0.0)[0] if self.limit else 0.0
+
+    # ------------------------------------------------------------------ failing
+
+    def failed(self, error: BaseException, unreadable: bool = False) -> None:
+        """Processing the frame in hand raised: give it back, bury it, or fail the pipe. Without a frame: raise it."""
+        self._pause()
+        ring = self.inputs.held
+        if ring is None:
+            raise error
+        position, deliveries = ring.holding, ring.header()[1]
+        what, told = self.assignment, describe(error)
+        decided = verdict(what.on_error, deliveries, what.max_deliveries, unreadable)
+        self.say(Raised("frame", told.kind, told.message, told.traceback, decided == "fail"))
+        if decided == "bury":
+            self._bury(ring, position, deliveries, told, 0 if isinstance(error, FrameCorrupt) else ring.last_execution)
+            return
+        self.through(again=True)
+        ring.give_back()
+        if decided == "fail":
+            raise SystemExit(1)
+
+    def _bury(self, ring: Any, position: int, deliveries: int, told: Told, execution: int) -> None:
+        what, queue = self.assignment, ring.label.rpartition("/")[2]
+        letter = DeadLetter(
+            processor=what.processor,
+            worker=what.worker,
+            source=self.inputs.sources[ring],
+            queue=queue,
+            position=position,
+            deliveries=deliveries,
+            error_kind=told.kind,
+            error=told.message,
+            traceback=told.traceback,
+            raw=ring.raw(position),
+        )
+        self.say(Buried(bury(Path(what.spool), letter)))
+        if execution:
+            record = {"processor": what.processor, "worker": what.worker, **told._asdict()}
+            self.replies.send(record, DType.JSON, FOREVER, execution, 0, REPLY | ERROR)
+        ring.finish(dead=True)
+
     def unreadable(self, error: FrameError) -> None:
-        """The held frame is corrupt or of a type that cannot be decoded here."""
-        self.execution = 0 if isinstance(error, FrameCorrupt) or self.inputs.held is None else self.inputs.held.last_execution
-        self._unreadable = True
-        try:
-            self.failed(error)
-        finally:
-            self._unreadable = False
+        """The frame in hand is corrupt or of a type that cannot be decoded here."""
+        self.failed(error, unreadable=True)
 
     # ------------------------------------------------------------------ ending
 
+    def ended(self, error: BaseException | None) -> int:
+        """The code returned or raised: finish, close and report, or leave all to the next life. Gives the status."""
+        if isinstance(error, SystemExit) and error.code not in (None, 0):
+            return error.code if isinstance(error.code, int) else 1
+        if error is None or isinstance(error, (EndOfStream, SystemExit)):
+            self.close()
+            return 0
+        told = describe(error)
+        print(f"worker {self.assignment.worker} ended by an exception:\n{told.traceback}", file=sys.stderr, end="")
+        if self.inputs.held is not None:
+            self.failed(error)
+        else:
+            self.say(Raised("run", told.kind, told.message, told.traceback))
+        return 1
+
     def close(self) -> None:
         """The code returned: finish, close our ends, say so."""
+        self._pause()
         self.inputs.close()
         self.outputs.close(self.assignment.reply_producer)
         self.say(Done())
@@ -216,11 +360,7 @@ def current(name: str) -> Worker:
     if _current is None and "UPIPE_WORKER_FD" in os.environ:
         fd = int(os.environ.pop("UPIPE_WORKER_FD"))
         os.set_inheritable(fd, False)
-        _current = _start(socket.socket(fileno=fd))
-        assert _current is not None
-        import atexit
-
-        atexit.register(_end_of_script, _current)
+        _current = assigned(socket.socket(fileno=fd))
         _current.say(Ready())
     if _current is None:
         raise NotInWorker(
@@ -235,13 +375,13 @@ def current(name: str) -> Worker:
     return _current
 
 
-def _end_of_script(worker: Worker) -> None:
-    """An entry script that ends by itself: its held frame counts as done unless an exception ended it."""
-    if getattr(sys, "last_value", None) is None:
-        worker.close()
+def connected() -> Worker | None:
+    """The worker this process is, if it has connected."""
+    return _current
 
 
-def _start(control: socket.socket) -> Worker:
+def assigned(control: socket.socket) -> Worker:
+    """Wait for the assignment, load the code, attach to the queues."""
     assignment = messages.decode_to_worker(control.recv(messages.PACKET))
     assert isinstance(assignment, Assignment)
     os.environ["UPIPE_SHM"] = assignment.root
@@ -259,131 +399,21 @@ def _start(control: socket.socket) -> Worker:
 def run(control: socket.socket) -> int:
     """The life of a forked worker; returns its exit status."""
     global _current
+    from upipe.runtime.mapped import body
+
     try:
-        worker = _current = _start(control)
-        body = _body(worker)
-    except Exception as error:
-        told = "".join(traceback.format_exception(error))
-        message = Raised("load", type(error).__qualname__, str(error), told, fatal=True)
-        control.send(messages.encode(message))
+        worker = _current = assigned(control)
+        code = body(worker)
+    except BaseException as error:
+        told = describe(error)
+        control.send(messages.encode(Raised("load", told.kind, told.message, told.traceback, fatal=True)))
         return 1
     worker.say(Ready())
     try:
-        body()
-    except EndOfStream:
-        pass  # the clean end of a worker
-    except Exception as error:
-        told = "".join(traceback.format_exception(error))
-        print(f"worker {worker.assignment.worker} ended by an exception:\n{told}", file=sys.stderr, end="")
-        worker.say(Raised("run", type(error).__qualname__, str(error), told))
-        return 1
-    worker.close()
-    return 0
-
-
-def _body(worker: Worker) -> Any:
-    """The loop for the kind of code."""
-    func, what = worker.bundle.func, worker.assignment
-    extra = {"config": worker.bundle.config} if what.takes_config else {}
-    if what.kind == "class":
-        from upipe.runtime.stateful import Stateful
-
-        return Stateful(worker, func(**extra)).run
-    if what.kind == "driver":
-        return lambda: _finish_call(func(**extra))
-    if what.kind == "source":
-        return lambda: _source(worker, func(**extra))
-    return lambda: _map(worker, func, extra)
-
-
-def run_async(main: Any) -> Any:
-    """Run a coroutine on uvloop."""
-    import uvloop
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main)
-
-
-def _finish_call(result: Any) -> None:
-    if inspect.iscoroutine(result):
-        run_async(result)
-
-
-def _source(worker: Worker, values: Any) -> None:
-    """A generator without parameters: each value is emitted. resume: skip what earlier lives got into the queues."""
-    skip = 0
-    if worker.assignment.resume:
-        skip = min(ring.emitted(edge.producer) for edge in worker.outputs.edges for ring in edge.rings)
-    if hasattr(values, "__aiter__"):
-        run_async(_async_source(worker, values, skip))
-        return
-    for number, value in enumerate(values):
-        if number >= skip:
-            worker.emit(value)
-
-
-async def _async_source(worker: Worker, values: Any, skip: int) -> None:
-    number = 0
-    async for value in values:
-        if number >= skip:
-            await worker.aemit(value)
-        number += 1
-
-
-def _map(worker: Worker, func: Any, extra: dict[str, Any]) -> None:
-    if inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
-        run_async(map_async(worker, lambda value: func(value, **extra)))
-        return
-    map_sync(worker, lambda value: func(value, **extra) if extra else func(value))
-
-
-def map_sync(worker: Worker, func: Any) -> None:
-    """Call func on each value and emit what it returns or yields, until the stream ends."""
-    while True:
-        value = worker.receive()
-        try:
-            result = func(value)
-            if inspect.iscoroutine(result) or hasattr(result, "__anext__"):
-                run_async(_emit_async(worker, result))
-            else:
-                emit_result(worker, result)
-            worker.answered()
-        except EndOfStream:
-            raise
-        except Exception as error:
-            worker.failed(error)
-
-
-def emit_result(worker: Worker, result: Any) -> None:
-    """Emit a plain result: nothing for None, each value of a generator, else the value."""
-    if inspect.isgenerator(result):
-        for one in result:
-            worker.emit(one)
-    elif result is not None:
-        worker.emit(result)
-
-
-async def map_async(worker: Worker, func: Any) -> None:
-    """map_sync() for coroutine functions and async generators: one value at a time, so that it can be finished."""
-    while True:
-        value = await worker.areceive()
-        try:
-            await _emit_async(worker, func(value))
-            worker.answered()
-        except EndOfStream:
-            raise
-        except Exception as error:
-            worker.failed(error)
-
-
-async def _emit_async(worker: Worker, result: Any) -> None:
-    if hasattr(result, "__anext__"):
-        async for one in result:
-            await worker.aemit(one)
-        return
-    found = await result if inspect.isawaitable(result) else result
-    if found is not None:
-        await worker.aemit(found)
+        code()
+    except BaseException as error:
+        return worker.ended(error)
+    return worker.ended(None)
 
 
 __all__ = ["Bundle", "Worker", "current", "run"]

@@ -1,10 +1,20 @@
-"""What a worker decides, as pure functions: how a failed frame ends, and which partition a key belongs to."""
+"""What a worker decides, as pure functions: how a failed frame ends, how an error is told, where a key belongs."""
 
 from __future__ import annotations
 
+import traceback
 import zlib
 from collections.abc import Callable, Hashable
-from typing import Any, Literal
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+from upipe.runtime.messages import shorten
+
+LONGEST_MESSAGE = 8 * 1024
+LONGEST_TRACEBACK = 64 * 1024
+"""Characters of an error that travel: the head and the tail of what is longer."""
+_OWN = str(Path(__file__).parent)
 
 Verdict = Literal["give_back", "bury", "fail"]
 
@@ -23,6 +33,35 @@ def verdict(on_error: str, deliveries: int, max_deliveries: int, unreadable: boo
     if unreadable or on_error == "dead_letter" or deliveries >= max_deliveries:
         return "bury"
     return "give_back"
+
+
+class Told(NamedTuple):
+    """An exception as bounded text that any encoding can carry."""
+
+    kind: str
+    message: str
+    traceback: str
+
+
+def describe(error: BaseException) -> Told:
+    """Tell an exception, whatever its class does when it is asked. The stack starts at the user's own code."""
+    try:
+        message = str(error)
+    except BaseException as second:
+        message = f"<its __str__ raised {type(second).__qualname__}>"
+    try:
+        told = "".join(traceback.format_exception(type(error), error, _users_part(error.__traceback__)))
+    except BaseException as second:
+        told = f"<no traceback: formatting it raised {type(second).__qualname__}>\n"
+    return Told(type(error).__qualname__, shorten(message, LONGEST_MESSAGE), shorten(told, LONGEST_TRACEBACK))
+
+
+def _users_part(stack: TracebackType | None) -> TracebackType | None:
+    """The stack without uPipe's frames on top; all of it when there are no others."""
+    inner = stack
+    while inner is not None and inner.tb_frame.f_code.co_filename.startswith(_OWN):
+        inner = inner.tb_next
+    return inner or stack
 
 
 def key_hash(key: Hashable) -> int:
@@ -54,7 +93,9 @@ def _key_bytes(key: Any) -> bytes:
         return b"t" + b"".join(len(part).to_bytes(4, "little") + part for part in parts)
     if hasattr(key, "item"):
         return _key_bytes(key.item())  # a numpy scalar
-    raise TypeError(f"a partition key is int, float, str, bytes, bool, None or a tuple of them, not {type(key).__name__}")
+    raise TypeError(
+        f"a partition key is int, float, str, bytes, bool, None or a tuple of them, not {type(key).__name__}"
+    )
 
 
 KeyFunction = Callable[[Any], Hashable]

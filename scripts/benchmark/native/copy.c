@@ -1,0 +1,54 @@
+/* Frames through a ring of shared memory: `copy SIZE SLOTS N COPY`. GB/s.
+ *
+ * The producer copies each frame from private memory into a slot; the consumer copies it out to private memory (COPY 1) and
+ * adds up every word of it. */
+#include "common.h"
+
+struct ends {
+    _Alignas(64) uint64_t head;
+    _Alignas(64) uint64_t tail;
+};
+
+static void wait_above(uint64_t *word, uint64_t value) {
+    while (__atomic_load_n(word, __ATOMIC_ACQUIRE) <= value) relax();
+}
+
+static uint64_t add_up(const uint64_t *words, size_t n) {
+    uint64_t sum = 0;
+    for (size_t i = 0; i < n; i++) sum += words[i];
+    return sum;
+}
+
+int main(int argc, char **argv) {
+    if (argc != 5) return 2;
+    const size_t size = (size_t)atoll(argv[1]) / 8 * 8;
+    const uint64_t slots = (uint64_t)atoll(argv[2]), n = (uint64_t)atoll(argv[3]);
+    const int copy = atoi(argv[4]);
+    const uint64_t warm = slots + 4;
+    struct ends *e = shared(sizeof *e);
+    char *ring = shared(size * slots);
+    uint64_t *mine = aligned_alloc(64, (size + 63) / 64 * 64);
+    memset(mine, 1, size);
+    const uint64_t wanted = add_up(mine, size / 8);
+    if (fork() == 0) {
+        for (uint64_t i = 0; i < n + warm; i++) {
+            if (i >= slots) wait_above(&e->tail, i - slots);
+            memcpy(ring + i % slots * size, mine, size);
+            __atomic_store_n(&e->head, i + 1, __ATOMIC_RELEASE);
+        }
+        _exit(0);
+    }
+    uint64_t began = 0;
+    for (uint64_t i = 0; i < n + warm; i++) {
+        wait_above(&e->head, i);
+        if (i == warm) began = now_ns();
+        const void *from = ring + i % slots * size;
+        if (copy) from = memcpy(mine, from, size);
+        if (add_up(from, size / 8) != wanted) return 3;
+        __atomic_store_n(&e->tail, i + 1, __ATOMIC_RELEASE);
+    }
+    double seconds = (now_ns() - began) / 1e9;
+    wait(NULL);
+    printf("%.3f\n", (double)n * (double)size / seconds / 1e9);
+    return 0;
+}

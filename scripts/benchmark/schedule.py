@@ -1,0 +1,81 @@
+"""Who is measured when: rounds, in each of which every case takes every peer once, so that a slow minute hits all alike."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from benchmark.cases import Case
+from benchmark.model import Outcome, Work
+from benchmark.peers import Peer
+from benchmark.run import measure
+from benchmark.stats import Row, Table
+
+Measure = Callable[[Peer, Sequence[Work], float], list[Outcome]]
+SLACK = 12.0
+"""Seconds a measurement may take longer than it should, before it counts as hung."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process to start: a peer, and the cases it does there."""
+
+    peer: Peer
+    cases: tuple[Case, ...]
+    round: int
+
+
+def jobs(cases: Sequence[Case], wanted: Sequence[str], quick: bool) -> Iterator[Job]:
+    """All of them, in order."""
+    for number in range(max(case.rounds[0 if quick else 1] for case in cases)):
+        now = [case for case in cases if number < case.rounds[0 if quick else 1]]
+        heavy: dict[str, tuple[Peer, list[Case]]] = {}
+        for case in now:
+            peers = [peer for peer in case.peers() if matches(peer.name, wanted)]
+            for peer in peers[number % 2 :: 1] + peers[: number % 2]:
+                if not peer.heavy:
+                    yield Job(peer, (case,), number)
+                elif number < (1 if quick else 3):
+                    heavy.setdefault(peer.name, (peer, []))[1].append(case)
+        for peer, todo in heavy.values():
+            yield Job(peer, tuple(todo), number)
+
+
+def matches(name: str, wanted: Sequence[str]) -> bool:
+    """No names: everybody. A peer stays together with its row without CRC."""
+    return not wanted or any(one in (name, name.rstrip("~")) or name.startswith(f"{one}.") for one in wanted)
+
+
+def run(cases: Sequence[Case], wanted: Sequence[str], quick: bool, budget: float, do: Measure = measure) -> list[Table]:
+    """Run everything. After `budget` seconds only what has not been measured at all is still begun."""
+    tables = {case.name: Table(case, [Row(peer) for peer in case.peers() if matches(peer.name, wanted)]) for case in cases}
+    started = time.monotonic()
+    for job in jobs(cases, wanted, quick):
+        if job.round and time.monotonic() - started > budget:
+            break
+        seconds = [case.seconds[0 if quick else 1] for case in job.cases]
+        works = [case.work(job.peer, one) for case, one in zip(job.cases, seconds, strict=True)]
+        _progress(job, started)
+        outcomes = do(job.peer, works, job.peer.heavy + 4 * sum(seconds) + SLACK)
+        for case, outcome in zip(job.cases, outcomes, strict=True):
+            row = tables[case.name].row(job.peer.name)
+            assert row is not None
+            row.outcomes.append(outcome)
+    _progress(None, started)
+    return [_supported(table) for table in tables.values()]
+
+
+def _supported(table: Table) -> Table:
+    """Without the rows of peers that have nothing of that kind."""
+    table.rows = [row for row in table.rows if not row.status.startswith("unsupported")]
+    return table
+
+
+def _progress(job: Job | None, started: float) -> None:
+    if not sys.stderr.isatty():
+        return
+    text = f"round {job.round + 1}: {', '.join(case.name for case in job.cases)[:40]}: {job.peer.name}" if job else ""
+    sys.stderr.write(f"\r\033[K{time.monotonic() - started:4.0f} s  {text}"[:110] if job else "\r\033[K")
+    sys.stderr.flush()

@@ -1,0 +1,109 @@
+"""What issue 3 asks for, judged on ratios of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmark.stats import Table, ratio
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of the table of targets."""
+
+    what: str
+    wanted: str
+    reached: str
+    against: str
+    verdict: str
+    factor: float | None
+    """Reached in the direction wanted: 1 is just enough."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Target:
+    """`row` of `case` against `peers` (by prefix; none: the best of all) or against the limit of that name."""
+
+    what: str
+    case: str
+    row: str
+    factor: float
+    peers: tuple[str, ...] = ()
+    limit: str = ""
+    most: bool = False
+    """The ratio must be at most the factor; otherwise at least."""
+    measure: str = "median"
+    """median, or cpu."""
+    absolute: str = ""
+    """Not a ratio: the value itself must be at most `factor`, in this unit."""
+
+
+TARGETS: tuple[Target, ...] = (
+    Target("small values, MemQ put/get", "small", "upipe.put", 4),
+    Target("small values, awaited emit/get_sync in a pipe", "small", "upipe.pipe", 2),
+    Target("small values, put_many/get_many over arrays", "small", "upipe.many", 15),
+    Target("round trip, both running", "rtt", "upipe.put", 0.5, ("iceoryx2.poll",), most=True),
+    *[
+        Target(f"round trip, asleep, {pins}, sync", f"rtt-asleep-{pins}", "upipe.put", 1.2, limit=f"futex-{pins}", most=True)
+        for pins in ("two", "one", "free")
+    ],
+    *[
+        Target(f"round trip, asleep, {pins}, awaited", f"rtt-asleep-{pins}", "upipe.aio", 1.5, limit=f"futex-{pins}", most=True)
+        for pins in ("two", "one", "free")
+    ],
+    Target("1 MiB, copies, CRC on", "frames-1m-copy", "upipe.put", 1.2),
+    Target("1080p, copies, CRC on", "frames-1080p-copy", "upipe.put", 1.2),
+    *[
+        target
+        for size, label in (("1m", "1 MiB"), ("1080p", "1080p"))
+        for target in (
+            Target(f"{label}, reserve/borrow, CRC off", f"frames-{size}-view", "upipe.view~", 1.0, ("iceoryx2",)),
+            Target(f"{label}, reserve/borrow, CRC on", f"frames-{size}-view", "upipe.view", 1.3, ("ray.channel",)),
+        )
+    ],
+    Target("4 producers x 4 consumers", "mpmc", "upipe.put", 3, ("faster-fifo", "mp.Queue")),
+    Target("CPU per million small values", "small", "upipe.put", 0.5, ("pyzmq",), most=True, measure="cpu"),
+    Target("start to first frame, two processors", "start", "upipe.pipe", 100, most=True, absolute="ms"),
+    Target("256 idle queues and 64 idle workers", "idle-many", "upipe.pipe", 1.0, most=True, absolute="% of a core"),
+    Target("a queue among 64 keeps its lone rate", "among", "upipe.put", 0.8, absolute="of the lone rate"),
+)
+
+
+def judge(tables: Sequence[Table]) -> list[Verdict]:
+    """All targets whose case was run."""
+    known = {table.case.name: table for table in tables}
+    return [_judge(target, known[target.case]) for target in TARGETS if target.case in known]
+
+
+def _judge(target: Target, table: Table) -> Verdict:
+    row = table.row(target.row)
+    mine = row.median if row is not None and target.measure == "median" else row.cpu if row is not None else None
+    sign = "≤" if target.most else "≥"
+    if target.absolute:
+        wanted, against, reached = f"{sign} {target.factor:g} {target.absolute}", "", mine
+    else:
+        against, value = _against(target, table)
+        wanted, reached = f"{sign} {target.factor:g} ×", ratio(mine, value)
+    if row is not None and (row.lost or row.bad):
+        reached = None  # a lossy row reaches nothing
+    if reached is None:
+        return Verdict(target.what, wanted, "–", against, "not measured", None)
+    factor = target.factor / reached if target.most else reached / target.factor
+    return Verdict(target.what, wanted, f"{reached:.3g}", against, "met" if factor >= 1 else "missed", factor)
+
+
+def _against(target: Target, table: Table) -> tuple[str, float | None]:
+    if target.limit:
+        return f"C {target.limit}", table.limits.get(target.limit)
+    value: Callable[[Any], float | None] = lambda row: row.median if target.measure == "median" else row.cpu  # noqa: E731
+    if target.measure == "cpu":
+        rows = [row for row in table.rows if row.comparable and row.cpu and row.peer.name.startswith(target.peers)]
+        best = min(rows, key=lambda row: row.cpu or 0.0, default=None)
+    else:
+        best = table.best(names=target.peers)
+    return (best.peer.name, value(best)) if best is not None else ("no such peer here", None)

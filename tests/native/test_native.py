@@ -1,0 +1,135 @@
+"""The C core without Python: the layout it was built for, its checksum, and the ring under threads, sanitizers and kill -9.
+
+The programs are beside this file; each says at its top what it does. `UPIPE_LONG=1` runs them for minutes instead of seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from upipe.memq import layout
+
+HERE = Path(__file__).parent
+MEMQ = HERE.parents[1] / "upipe" / "memq"
+LONG = os.environ.get("UPIPE_LONG") == "1"
+COMPILER = os.environ.get("CC", "gcc")
+STRICT = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-g", "-pthread", "-Wl,-z,now"]
+BUILDS = {
+    "production": ["-O3", "-fno-plt"],  # as setup.py compiles it
+    "points": ["-O2", "-DKILL_AT_POINTS"],
+    "thread": ["-O1", "-fsanitize=thread"],
+    "address": ["-O1", "-DKILL_AT_POINTS", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800 if LONG else 120)]
+
+
+def missing(what: str) -> None:
+    """Without a tool a developer goes on; CI does not."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{what}; CI runs every native test")
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    """build(source, flavour) -> the program, compiled once."""
+    directory = tmp_path_factory.mktemp("native")
+
+    @functools.cache
+    def compiled(source: str, flavour: str) -> Path:
+        if shutil.which(COMPILER) is None:
+            missing(f"no C compiler {COMPILER}")
+        probe = directory / f"probe_{flavour}"
+        (directory / "probe.c").write_text("int main(void) { return 0; }\n")
+        arguments = [*STRICT, *BUILDS[flavour]]
+        if subprocess.run([COMPILER, *arguments, directory / "probe.c", "-o", probe], capture_output=True).returncode:
+            missing(f"{COMPILER} cannot link {BUILDS[flavour]}")
+        program = directory / f"{Path(source).stem}_{flavour}"
+        done = subprocess.run([COMPILER, *arguments, HERE / source, "-o", program], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return program
+
+    return compiled
+
+
+def run(program: Path, *arguments: object) -> str:
+    command = [str(program), *map(str, arguments)]
+    if "thread" in program.name and shutil.which("setarch"):
+        command = ["setarch", "-R", *command]  # its shadow memory needs the addresses that full randomization uses
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1700 if LONG else 100)
+    print(done.stdout)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def crash_points() -> list[str]:
+    """Every name in UP_CRASH("..."): the sources are the list, so that a new point cannot be forgotten."""
+    found: set[str] = set()
+    for header in MEMQ.glob("_*.h"):
+        text = header.read_text()
+        names = re.findall(r'UP_CRASH\("([^"]+)"\)', text)
+        assert len(names) == len(re.findall(r"^(?!#define).*UP_CRASH\(", text, re.MULTILINE)), f"odd UP_CRASH in {header.name}"
+        found.update(names)
+    assert len(found) >= 40
+    return sorted(found)
+
+
+def test_layout_header_is_generated():
+    printed = subprocess.run([sys.executable, "-m", "upipe.memq.layout"], capture_output=True, text=True, check=True)
+    assert printed.stdout == (MEMQ / "_layout.h").read_text() == layout.c_header()
+
+
+@pytest.mark.parametrize("header", sorted(path.name for path in MEMQ.glob("_*.h")))
+def test_header_stands_alone(header, tmp_path):
+    """Each header compiles by itself and twice; the offsets and sizes in _layout.h are asserted by the compiler."""
+    if shutil.which(COMPILER) is None:
+        missing(f"no C compiler {COMPILER}")
+    source = tmp_path / "one.c"
+    source.write_text(f'#include "{MEMQ / header}"\n' * 2)
+    done = subprocess.run([COMPILER, *STRICT, "-fsyntax-only", source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("flavour", ["production", "address"])
+def test_crc(build, flavour):
+    run(build("crc_test.c", flavour))
+
+
+@pytest.mark.parametrize("flavour", ["production", "address"])
+def test_cases(build, flavour):
+    run(build("ring_test.c", flavour), "cases")
+
+
+@pytest.mark.parametrize(
+    ("flavour", "scale", "mappings"),
+    [("production", 0.7, 1), ("production", 0.2, 0), ("thread", 0.1, 0), ("address", 0.05, 0)],
+)
+def test_threads(build, flavour, scale, mappings):
+    for seed in range(10 if LONG else 1):
+        run(build("ring_test.c", flavour), "threads", scale * (3 if LONG else 1), mappings, seed)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(("flavour", "seeds"), [("points", 2), ("address", 1)])
+def test_killed_at_every_named_point(build, flavour, seeds):
+    for seed in range(seeds * (20 if LONG else 1)):
+        run(build("ring_test.c", flavour), "points", seed + 1, *crash_points())
+
+
+@pytest.mark.chaos
+def test_killed_at_every_instruction(build):
+    run(build("ring_test.c", "production"), "steps", 40 if LONG else 3, 1)
+
+
+@pytest.mark.chaos
+def test_killed_by_chance(build):
+    run(build("ring_test.c", "production"), "chaos", 300 if LONG else 10, int.from_bytes(os.urandom(4), "little"))

@@ -1,0 +1,46 @@
+"""What tests of running pipes share: a chain with quick settings, and everything it gives."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from upipe import Pipe, Processor, Report, RestartPolicy, Settings
+
+DEADLINE = 60.0
+QUICK = RestartPolicy(limit=0, backoff=0.01, backoff_max=0.05)
+
+
+def chain(*processors: Processor, **settings: Any) -> Pipe:
+    """A pipe of these, forked from here (quick), restarted without limit."""
+    pipe = Pipe("test", settings=Settings(**{"start_method": "fork", "restart": QUICK, **settings}))
+    pipe.chain(*processors)
+    return pipe
+
+
+async def collect(pipe: Pipe) -> tuple[list[Any], Report]:
+    """Run it; what its ends emitted, and the report, whose books must balance."""
+    async with asyncio.timeout(DEADLINE):
+        await pipe.start()
+        found = [one async for one in pipe.results()]
+        report = await pipe.wait_for_completion()
+    assert report.balanced, str(report)
+    return found, report
+
+
+async def feed(pipe: Pipe, values: Any) -> tuple[list[Any], Report]:
+    """Emit the values into it; what its ends emitted, and the report."""
+
+    async def emit() -> None:
+        for value in values:
+            assert await pipe.emit(value)
+        await pipe.wait_for_completion()
+
+    async with asyncio.timeout(DEADLINE):
+        await pipe.start()
+        emitting = asyncio.create_task(emit())
+        found = [one async for one in pipe.results()]
+        await emitting
+    report = pipe.report()
+    assert report.balanced, str(report)
+    return found, report

@@ -1,0 +1,268 @@
+"""Workers, fork servers and whole processors die at any moment: nothing is lost, nothing wedges, the books balance."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.system import jobs
+from tests.system.support import LONG, auntil, kill, worker_pids
+from upipe import Pipe, Processor, RestartPolicy, Settings
+from upipe.runtime.local import LocalRunner
+
+pytestmark = [pytest.mark.system, pytest.mark.chaos, pytest.mark.slow]
+ALWAYS = RestartPolicy(limit=0, backoff=0.0, backoff_max=0.0)
+KILLS = 1000 if LONG else 64
+
+
+def settings(method: str = "fork", **knobs: object) -> Settings:
+    return Settings(start_method=method, restart=ALWAYS, max_deliveries=100, **knobs)  # type: ignore[arg-type]
+
+
+def chaos_pipe(count: int, **knobs: object) -> Pipe:
+    pipe = Pipe("chaos", settings=settings(edge_bytes=1 << 20, sink_bytes=1 << 20, **knobs))  # type: ignore[arg-type]
+    read = Processor("read", jobs.reader(count), resume=True)
+    pipe.chain(read, Processor("check", jobs.check, workers=3), Processor("number", jobs.to_number, workers=2))
+    return pipe
+
+
+def runner_of(pipe: Pipe) -> LocalRunner:
+    runner = pipe._runner
+    assert runner is not None
+    return runner
+
+
+async def killer(pipe: Pipe, kills: int, rng: random.Random, pause: float) -> int:
+    """Kill random workers of random processors until the pipe ends; returns how many."""
+    done = 0
+    runner = runner_of(pipe)
+    while pipe.state in ("running", "starting") and done < kills:
+        names = list(worker_pids(runner))
+        if names and kill(runner, rng.choice(names)):
+            done += 1
+        await asyncio.sleep(rng.expovariate(1 / pause))
+    return done
+
+
+async def collect(pipe: Pipe) -> Counter[int]:
+    """The ledger, outside of uPipe: what came out, and how often."""
+    return Counter([value async for value in pipe.results()])
+
+
+async def test_random_kills_lose_nothing() -> None:
+    rng = random.Random(7)
+    count = KILLS * 150
+    pipe = chaos_pipe(count)
+    await pipe.start()
+    ledger = asyncio.create_task(collect(pipe))
+    kills = await killer(pipe, KILLS, rng, 0.03)
+    found = await asyncio.wait_for(ledger, 100)
+    report = await pipe.wait_for_completion(20)
+    print(f"\n{kills} kills, {sum(found.values()) - len(found)} duplicates of {count}\n{report}")
+    assert kills >= min(60, KILLS)
+    assert set(found) == set(range(count)), f"lost: {sorted(set(range(count)) - set(found))[:10]}"
+    assert sum(found.values()) - count <= 2 * kills  # only what a killed worker held, at each of two stages
+    assert report.balanced and report.dead_letters == 0
+    assert {one.name for one in report.processors if one.restarts} == {"read", "check", "number"}
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.001, 0.003, 0.01])
+async def test_kills_at_start_up(delay: float) -> None:
+    pipe = chaos_pipe(300)
+    starting = asyncio.create_task(pipe.start())
+    await asyncio.sleep(0)
+    for _ in range(6):
+        runner = runner_of(pipe)
+        for name in list(worker_pids(runner)):
+            kill(runner, name)
+        await asyncio.sleep(delay)
+    await asyncio.wait_for(starting, 20)
+    found = await asyncio.wait_for(collect(pipe), 30)
+    assert set(found) == set(range(300))
+    assert (await pipe.wait_for_completion(10)).balanced
+
+
+async def test_kills_at_the_end() -> None:
+    """While the stream ends: workers that have just finished, or closed, or said so."""
+    rng = random.Random(3)
+    for number in range(12):
+        pipe = chaos_pipe(40)
+        await pipe.start()
+        ledger = asyncio.create_task(collect(pipe))
+        runner, kills = runner_of(pipe), 0
+        while pipe.state == "running":
+            report = pipe.stats()
+            if report.edges[0].finished >= 30 + number % 10 and kills < 4:
+                names = list(worker_pids(runner))
+                if names:
+                    kills += kill(runner, rng.choice(names))
+            await asyncio.sleep(0.001)
+        found = await asyncio.wait_for(ledger, 20)
+        assert set(found) == set(range(40))
+        assert (await pipe.wait_for_completion(10)).balanced
+
+
+async def test_kills_during_drain() -> None:
+    rng = random.Random(5)
+    pipe = Pipe("drain", settings=settings(edge_bytes=1 << 20))
+    pipe.chain(Processor("work", jobs.check, workers=3), Processor("number", jobs.to_number, workers=2))
+    await pipe.start()
+    sent = 0
+    ledger = asyncio.create_task(collect(pipe))
+    while sent < 400:
+        assert await pipe.emit(jobs.sized(sent), timeout=10)
+        sent += 1
+    draining = asyncio.create_task(pipe.terminate(20))
+    await asyncio.sleep(0)
+    runner = runner_of(pipe)
+    kills = 0
+    while pipe.state == "draining":
+        names = list(worker_pids(runner))
+        if names and kills < 30:
+            kills += kill(runner, rng.choice(names))
+        await asyncio.sleep(0.002)
+    report = await draining
+    found = await asyncio.wait_for(ledger, 10)
+    assert report.state == "completed" and report.balanced, str(report)
+    assert set(found) == set(range(sent))
+    assert all(edge.in_flight == 0 for edge in report.edges if edge.target)
+    assert kills
+
+
+@pytest.mark.parametrize("method", ["fork", "exec"])
+async def test_the_fork_server_is_killed(method: str) -> None:
+    pipe = Pipe("server", settings=settings(method))
+    pipe.chain(
+        Processor("read", jobs.reader(3000), resume=True),
+        Processor("check", jobs.check, workers=2),
+        Processor("number", jobs.to_number),
+    )
+    await pipe.start()
+    ledger = asyncio.create_task(collect(pipe))
+    runner = runner_of(pipe)
+    for number in range(3):
+        server = runner.held.server
+        assert server is not None
+        workers = worker_pids(runner)
+        os.kill(server.pid, signal.SIGKILL)
+        await auntil(lambda server=server: runner.held.server is not server, 5)
+        assert number or workers
+        await auntil(lambda: len(worker_pids(runner)) == 4 or pipe.state != "running", 10)
+    found = await asyncio.wait_for(ledger, 30)
+    report = await pipe.wait_for_completion(10)
+    assert set(found) == set(range(3000))
+    assert report.balanced
+    assert all(one.restarts >= 1 for one in report.processors)
+
+
+async def test_the_fork_server_is_stopped_when_a_worker_dies() -> None:
+    pipe = Pipe("stopped-server", settings=settings())
+    pipe.chain(Processor("same", jobs.identity))
+    await pipe.start()
+    runner = runner_of(pipe)
+    server = runner.held.server
+    assert server is not None
+    os.kill(server.pid, signal.SIGSTOP)
+    kill(runner, "same#0")
+    assert await pipe.call(1, timeout=10) == 1
+    assert runner.held.server is not server
+    await pipe.wait_for_completion(10)
+
+
+async def test_a_poison_frame_goes_to_the_dead_letters() -> None:
+    pipe = Pipe("poison", settings=Settings(start_method="fork", restart=ALWAYS, max_deliveries=3))
+    pipe.chain(Processor("numbers", jobs.count_up(50)), Processor("poisoned", jobs.poisoned, workers=2))
+    await pipe.start()
+    found = await asyncio.wait_for(collect(pipe), 20)
+    report = await pipe.wait_for_completion(10)
+    assert set(found) == set(range(50)) - {13}
+    (letter,) = pipe.dead_letters()
+    assert (letter.error_kind, letter.deliveries, letter.value, letter.processor) == ("WorkerDied", 3, 13, "poisoned")
+    assert report.balanced and report.dead_letters == 1
+    assert [one.restarts for one in report.processors if one.name == "poisoned"] == [3]
+
+
+async def test_a_call_whose_worker_dies_of_it_learns_that() -> None:
+    from upipe import ProcessorError
+
+    pipe = Pipe("poison", settings=Settings(start_method="fork", restart=ALWAYS, max_deliveries=2))
+    pipe.add(Processor("poisoned", jobs.poisoned))
+    async with pipe:
+        with pytest.raises(ProcessorError, match="WorkerDied"):
+            await pipe.call(13, timeout=10)
+        assert await pipe.call(14, timeout=10) == 14
+
+
+async def test_too_many_deaths_fail_the_pipe() -> None:
+    from upipe import PipeFailed
+
+    pipe = Pipe(
+        "dies", settings=Settings(start_method="fork", restart=RestartPolicy(limit=3, backoff=0.01), max_deliveries=100)
+    )
+    pipe.add(Processor("poisoned", jobs.poisoned))
+    await pipe.start()
+    call = asyncio.create_task(pipe.call(13))
+    await auntil(lambda: runner_of(pipe).calls)
+    with pytest.raises(PipeFailed, match=r"restart.limit=3.*signal 9"):
+        await pipe.wait_for_completion(10)
+    with pytest.raises(PipeFailed):
+        await call
+
+
+# ------------------------------------------------------------------ stopped workers
+
+
+async def test_a_stopped_worker_is_replaced_within_the_grace() -> None:
+    pipe = Pipe("stopped", settings=settings(stopped_grace=0.3))
+    pipe.add(Processor("same", jobs.identity))
+    await pipe.start()
+    runner = runner_of(pipe)
+    first = worker_pids(runner)["same#0"]
+    kill(runner, "same#0", signal.SIGSTOP)
+    began = time.monotonic()
+    assert await pipe.call(5, timeout=10) == 5
+    took = time.monotonic() - began
+    assert worker_pids(runner)["same#0"] != first
+    assert 0.25 < took < 2.0, took
+    await pipe.wait_for_completion(10)
+
+
+async def test_a_worker_that_continues_in_time_is_left_alone() -> None:
+    pipe = Pipe("continued", settings=settings(stopped_grace=5.0))
+    pipe.add(Processor("same", jobs.identity))
+    await pipe.start()
+    runner = runner_of(pipe)
+    first = worker_pids(runner)["same#0"]
+    kill(runner, "same#0", signal.SIGSTOP)
+    await auntil(lambda: runner.supervisor.deadline() is not None)  # it was noticed
+    kill(runner, "same#0", signal.SIGCONT)
+    await auntil(lambda: runner.supervisor.deadline() is None)
+    assert await pipe.call(5, timeout=10) == 5
+    assert worker_pids(runner)["same#0"] == first
+    assert (await pipe.wait_for_completion(10)).processors[0].restarts == 0
+
+
+async def test_what_workers_started_ends_with_them(tmp_path: Path) -> None:
+    from tests.system.support import descendants
+
+    pipe = Pipe("children", settings=settings())
+    pipe.chain(Processor("child", jobs.with_child), Processor("daemon", jobs.with_daemon))
+    await pipe.start()
+    await pipe.call(1, timeout=10)
+    runner = runner_of(pipe)
+    server = runner.held.server
+    assert server is not None
+    await auntil(lambda: len(descendants(server.pid)) >= 6)  # guard, 2 workers, 3 sleeps
+    first = descendants(server.pid)
+    kill(runner, "child#0")
+    await auntil(lambda: worker_pids(runner).get("child#0", 0) not in (0, *first))
+    alive = set(descendants(server.pid)) & set(first)
+    assert len(alive) == len(first) - 2  # the worker and its own child
+    await pipe.stop()  # the fixture sees that nothing is left

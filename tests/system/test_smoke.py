@@ -1,0 +1,32 @@
+"""The main paths, forked and executed."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.system import jobs
+from upipe import Pipe, Processor, Settings
+
+pytestmark = pytest.mark.system
+
+
+@pytest.mark.parametrize("method", ["fork", "exec"])
+async def test_chain(method: str) -> None:
+    pipe = Pipe("chain", settings=Settings(start_method=method))
+    pipe.chain(
+        Processor("read", jobs.count_up(500)),
+        Processor("double", jobs.double, workers=2),
+        Processor("same", jobs.identity),
+    )
+    await pipe.start()
+    assert sorted([value async for value in pipe.results()]) == list(range(0, 1000, 2))
+    report = await pipe.wait_for_completion(10)
+    assert report.balanced and report.state == "completed"
+
+
+@pytest.mark.parametrize("method", ["fork", "exec"])
+async def test_call(method: str) -> None:
+    pipe = Pipe("call", settings=Settings(start_method=method))
+    pipe.add(Processor("double", jobs.double))
+    async with pipe:
+        assert [await pipe.call(number, timeout=10) for number in range(20)] == list(range(0, 40, 2))

@@ -1,0 +1,85 @@
+"""After a worker's death: its frames go back to their queues, and those it died of too often to the dead letters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from upipe.errors import ProcessorError, QueueError, QueueStuck
+from upipe.frame import DataFrame
+from upipe.graph.plan import Plan, WorkerPlan
+from upipe.graph.spec import PipeSpec
+from upipe.memq.queue import MemQ
+from upipe.runtime import spool
+from upipe.runtime.provision import label
+from upipe.runtime.spool import Checkpoint, DeadLetter
+
+WORKER_DIED = "WorkerDied"
+"""error_kind of a dead letter whose worker died each time."""
+
+
+class Graves:
+    """Recovers the queues of one pipe."""
+
+    def __init__(self, spec: PipeSpec, plan: Plan, number: int, directory: Path, queues: dict[str, MemQ]) -> None:
+        self.plan = plan
+        self.number = number
+        self.directory = directory
+        self.queues = queues
+        self.bytes = 0
+        """Of all dead letters, those of workers too."""
+        self._most = {one.name: one.max_deliveries for one in spec.processors}
+
+    def recover(self, worker: WorkerPlan, ends: list[str], pid: int) -> list[tuple[int, ProcessorError]]:
+        """Give back what a dead worker held; pid 0: what any dead process holds on its queues. Idempotent.
+
+        Returns the calls whose frames were buried, as (execution, error).
+
+        Raises:
+            QueueStuck: a live process holds a lock of a queue.
+        """
+        saved = spool.load_checkpoint(spool.checkpoint_path(self.directory, worker.processor, worker.index))
+        covered = (saved or Checkpoint(b"", {})).covered
+        positions = {name: covered.get(label(self.number, name), ()) for name in worker.inputs}
+        lost = []
+        for name in worker.inputs:
+            for position in self._recover(self.queues[name], pid, self._most[worker.processor], positions[name]):
+                lost.append(self._bury(self.queues[name], name, position, worker))
+        for name in ends:
+            self._recover(self.queues[name], pid)
+        return lost
+
+    def _recover(self, ring: MemQ, pid: int, most: int = 0, covered: Sequence[int] = ()) -> list[int]:
+        if pid:
+            return list(ring.recover(pid, most, covered))
+        found: list[int] = []
+        for peer, _ in ring.peers():
+            try:
+                found += ring.recover(peer, most, covered)
+            except QueueStuck:
+                raise
+            except QueueError:
+                continue  # it lives
+        return found
+
+    def _bury(self, ring: MemQ, name: str, position: int, worker: WorkerPlan) -> tuple[int, ProcessorError]:
+        raw = ring.raw(position)
+        frame = DataFrame.unpack(raw, lazy=True)
+        source = next(queue.source for queue in self.plan.queues if queue.name == name)
+        text = f"its worker died while processing it, {frame.deliveries} times"
+        who = f"{worker.processor}#{worker.index}"
+        letter = DeadLetter(
+            worker.processor,
+            who,
+            source,
+            label(self.number, name),
+            position,
+            frame.deliveries,
+            WORKER_DIED,
+            text,
+            "",
+            raw,
+        )
+        self.bytes += spool.bury(self.directory, letter)
+        ring.end(position, True)
+        return frame.execution, ProcessorError(worker.processor, who, WORKER_DIED, text)
