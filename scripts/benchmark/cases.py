@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmark.model import MIB, Pins, Work
+from benchmark import amounts
+from benchmark.amounts import power_of_two
+from benchmark.model import MIB, Work
 from benchmark.peers import PEERS, Peer
 
+FEW = ("mp.Pipe", "iceoryx2.wait", "pyzmq.ipc")
 HD = (1080, 1920, 3)
 HD_BYTES = 1080 * 1920 * 3
 
@@ -35,6 +38,8 @@ class Case:
     limit: str = ""
     """Which physical limit stands beside it, see limits.py."""
     only: Callable[[Peer], bool] = lambda peer: True
+    quick_only: Callable[[Peer], bool] = lambda peer: True
+    """Those of the peers that take part in quick runs."""
     left_out: tuple[tuple[str, str], ...] = ()
     """(peer, reason): said below the table."""
     extra: tuple[str, ...] = ()
@@ -45,79 +50,29 @@ class Case:
         return [peer for peer in PEERS if kind in peer.kinds and self.only(peer)]
 
 
-def _stream(peer: Peer, seconds: float) -> Work:
-    n = max(500, int(peer.rate * seconds))
-    return Work("small", "stream", n=n, warm=n // 10)
-
-
-def _many(name: str, producers: int, consumers: int) -> Callable[[Peer, float], Work]:
-    def work(peer: Peer, seconds: float) -> Work:
-        n = max(1000, int(min(peer.rate, 1e6) * seconds / (2 if consumers < 16 else 4)))
-        return Work(name, "mpmc", n=n, producers=producers, consumers=consumers)
-
-    return work
-
-
-def _fanout(peer: Peer, seconds: float) -> Work:
-    n = max(1000, int(peer.rate * seconds / 2))
-    return Work("fanout", "fanout", n=n, warm=n // 10, consumers=4)
-
-
-def _chain(peer: Peer, seconds: float) -> Work:
-    n = max(30, int(min(seconds / (peer.trip * 6e-6), 5000)))
-    return Work("chain", "chain", n=n, warm=10, count=10)
-
-
-def _idle(name: str, count: int) -> Callable[[Peer, float], Work]:
-    return lambda peer, seconds: Work(name, "idle", n=0, pause=seconds, count=count, ring=65536)
-
-
-def _among(name: str, count: int) -> Callable[[Peer, float], Work]:
-    def work(peer: Peer, seconds: float) -> Work:
-        n = max(1000, int(peer.rate * seconds / 3))
-        return Work(name, "among", n=n, warm=n // 10, count=count, ring=MIB)
-
-    return work
-
-
-def _start(peer: Peer, seconds: float) -> Work:
-    return Work("start", "start", n=1)
-
-
-def _trips(name: str, pins: Pins, pause: float = 0.0) -> Callable[[Peer, float], Work]:
-    def work(peer: Peer, seconds: float) -> Work:
-        n = max(50, int(min(seconds / (peer.trip * 1e-6 + pause), 50_000)))
-        return Work(name, "rtt", n=n, warm=max(10, n // 10), pins=pins, pause=pause)
-
-    return work
-
-
-def power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
-def _frames(name: str, size: int, shape: tuple[int, ...], depth: int, in_place: bool, touch: bool = False) -> Callable[[Peer, float], Work]:
-    ring = power_of_two(depth * (size + 64))  # what uPipe would round it to: the others get as much
-
-    def work(peer: Peer, seconds: float) -> Work:
-        n = max(12, int(peer.gigabytes * 1e9 * seconds / size))
-        slots = ring // size
-        warm = slots + 4 if peer.gigabytes > 1 else 4
-        return Work(name, "frames", n=n, warm=warm, size=size, shape=shape, ring=ring, in_place=in_place, touch=touch)
-
-    return work
-
-
 def _payload(size: int) -> Case:
     name, ring = f"payload-{size}", max(4 * MIB, power_of_two(4 * (size + 64)))
 
     def work(peer: Peer, seconds: float) -> Work:
         n = max(12, int(seconds / (1 / (peer.rate or 100e3) + size / (peer.gigabytes * 1e9))))
-        return Work(name, "payload", n=n, warm=min(n // 4 + 4, ring // (size + 64)), size=size, shape=(size,), ring=ring)
+        return Work(
+            name, "payload", n=n, warm=min(n // 4 + 4, ring // (size + 64)), size=size, shape=(size,), ring=ring
+        )
 
     text = f"{size} B" if size < 1024 else f"{size // 1024} KiB" if size < MIB else f"{size // MIB} MiB"
-    return Case(name, ("growth", "payload"), f"Frames of {text} by copy", "frames/s", "higher", "payload", work, (0.2, 0.7), (1, 3),
-                quick=size in (65536,), only=lambda peer: peer.copies)
+    return Case(
+        name,
+        ("growth", "payload"),
+        f"Frames of {text} by copy",
+        "frames/s",
+        "higher",
+        "payload",
+        work,
+        (0.2, 0.7),
+        (1, 3),
+        quick=False,
+        only=lambda peer: peer.copies,
+    )
 
 
 def _frame_cases() -> list[Case]:
@@ -131,9 +86,17 @@ def _frame_cases() -> list[Case]:
                 ring = power_of_two(depth * (size + 64)) // MIB
                 found.append(
                     Case(
-                        name, ("frames", f"frames-{label}", f"frames-{way}"), f"{what}, {how}; ring for {depth} ({ring} MiB)",
-                        "GB/s", "higher", "frames", _frames(name, size, shape, depth, in_place), (0.25, 1.0),
-                        rounds=(2, 5) if depth == 8 else (2, 3), quick=depth == 8, limit=f"memcpy-{label}-{depth}",
+                        name,
+                        ("frames", f"frames-{label}", f"frames-{way}"),
+                        f"{what}, {how}; ring for {depth} ({ring} MiB)",
+                        "GB/s",
+                        "higher",
+                        "frames",
+                        amounts.frames(name, size, shape, depth, in_place),
+                        (0.15, 1.0),
+                        rounds=(2, 5) if depth == 8 else (2, 3),
+                        quick=depth == 8,
+                        limit=f"memcpy-{label}-{depth}",
                         only=(lambda peer: peer.views) if in_place else (lambda peer: peer.copies),
                     )
                 )
@@ -141,39 +104,151 @@ def _frame_cases() -> list[Case]:
 
 
 CASES: list[Case] = [
-    Case("small", (), "Small values, one producer, one consumer", "values/s", "higher", "stream", _stream, (0.4, 1.5),
-         limit="ring"),
-    Case("rtt", (), "Round trip of 8 bytes, both ends running, on two CPUs", "us (p50)", "lower", "rtt", _trips("rtt", "two"),
-         (0.15, 1.0), limit="spin", extra=("p99", "p99.9")),
+    Case(
+        "small",
+        (),
+        "Small values, one producer, one consumer",
+        "values/s",
+        "higher",
+        "stream",
+        amounts.stream,
+        (0.3, 1.5),
+        limit="ring",
+    ),
+    Case(
+        "rtt",
+        (),
+        "Round trip of 8 bytes, both ends running, on two CPUs",
+        "us (p50)",
+        "lower",
+        "rtt",
+        amounts.trips("rtt", "two"),
+        (0.15, 1.0),
+        limit="spin",
+        extra=("p99", "p99.9"),
+    ),
     *[
-        Case(f"rtt-asleep-{pins}", ("rtt", "rtt-asleep"), f"Round trip of 8 bytes, both ends asleep between, {text}", "us (p50)",
-             "lower", "rtt", _trips(f"rtt-asleep-{pins}", pins, 0.001), (0.25, 1.5), rounds=(2, 5), limit=f"futex-{pins}",
-             only=lambda peer: not peer.polls, extra=("p99", "p99.9"), left_out=(("iceoryx2.poll", "it never sleeps"),))
+        Case(
+            f"rtt-asleep-{pins}",
+            ("rtt", "rtt-asleep"),
+            f"Round trip of 8 bytes, both ends asleep between, {text}",
+            "us (p50)",
+            "lower",
+            "rtt",
+            amounts.trips(f"rtt-asleep-{pins}", pins, 0.001),
+            (0.25, 1.5),
+            rounds=(2, 5),
+            limit=f"futex-{pins}",
+            only=lambda peer: not peer.polls,
+            extra=("p99", "p99.9"),
+            left_out=(("iceoryx2.poll", "it never sleeps"),),
+            quick_only=lambda peer, pins=pins: peer.own or pins == "two" or peer.name in FEW,  # type: ignore[misc]
+        )
         for pins, text in (("two", "on two CPUs"), ("one", "on one CPU"), ("free", "not pinned"))
     ],
     *_frame_cases(),
-    Case("mpmc", (), "4 producers, 4 consumers, small values", "values/s", "higher", "mpmc", _many("mpmc", 4, 4), (0.4, 1.5),
-         rounds=(2, 5)),
-    Case("fanout", (), "One producer, each value to 4 consumers", "values/s to each", "higher", "fanout", _fanout, (0.4, 1.5),
-         rounds=(1, 5)),
-    Case("start", (), "Start of two processes to the first frame, after import", "ms", "lower", "start", _start, (0.2, 0.2),
-         rounds=(2, 7)),
-    Case("chain", (), "One value through 10 processes and back", "us (p50)", "lower", "chain", _chain, (0.2, 1.5), rounds=(1, 5),
-         extra=("p99",), only=lambda peer: not peer.polls,
-         left_out=(("iceoryx2.poll", "11 polling processes on few CPUs do not come to an end"),)),
-    Case("idle", ("cpu",), "Idle: one consumer that waits", "% of a core", "lower", "idle", _idle("idle", 1), (0.5, 3),
-         rounds=(1, 3), quick=False, only=lambda peer: peer.name != "upipe.pipe"),
-    Case("idle-many", ("cpu", "growth"), "Idle: 64 consumers that wait (uPipe's pipe: and 256 queues)", "% of a core", "lower",
-         "idle", _idle("idle-many", 64), (1.0, 5), rounds=(1, 3), only=lambda peer: peer.name in ("upipe.pipe", "mp.Queue")),
+    Case(
+        "mpmc",
+        (),
+        "4 producers, 4 consumers, small values",
+        "values/s",
+        "higher",
+        "mpmc",
+        amounts.many("mpmc", 4, 4),
+        (0.4, 1.5),
+        rounds=(2, 5),
+    ),
+    Case(
+        "fanout",
+        (),
+        "One producer, each value to 4 consumers",
+        "values/s to each",
+        "higher",
+        "fanout",
+        amounts.fanout,
+        (0.4, 1.5),
+        rounds=(1, 5),
+    ),
+    Case(
+        "start",
+        (),
+        "Start of two processes to the first frame, after import",
+        "ms",
+        "lower",
+        "start",
+        amounts.start,
+        (0.2, 0.2),
+        rounds=(2, 7),
+    ),
+    Case(
+        "chain",
+        (),
+        "One value through 10 processes and back",
+        "us (p50)",
+        "lower",
+        "chain",
+        amounts.chain,
+        (0.2, 1.5),
+        rounds=(1, 5),
+        extra=("p99",),
+        only=lambda peer: not peer.polls,
+        left_out=(("iceoryx2.poll", "11 polling processes on few CPUs do not come to an end"),),
+    ),
+    Case(
+        "idle",
+        ("cpu",),
+        "Idle: one consumer that waits",
+        "% of a core",
+        "lower",
+        "idle",
+        amounts.idle("idle", 1),
+        (0.5, 3),
+        rounds=(1, 3),
+        quick=False,
+        only=lambda peer: peer.name != "upipe.pipe",
+    ),
+    Case(
+        "idle-many",
+        ("cpu", "growth"),
+        "Idle: 64 consumers that wait (uPipe's pipe: and 256 queues)",
+        "% of a core",
+        "lower",
+        "idle",
+        amounts.idle("idle-many", 64),
+        (1.0, 5),
+        rounds=(1, 3),
+        only=lambda peer: peer.name in ("upipe.pipe", "mp.Queue"),
+    ),
     *[
-        Case(f"among-{count}" if count != 64 else "among", ("growth",), f"Rate of one queue among {count}, as a share of its lone rate",
-             "x lone", "higher", "among", _among("among", count), (0.3, 1.0), rounds=(2, 5), quick=count == 64,
-             only=lambda peer: peer.own, extra=("lone", "in turn"))
+        Case(
+            f"among-{count}" if count != 64 else "among",
+            ("growth",),
+            f"Rate of one queue among {count}, as a share of its lone rate",
+            "x lone",
+            "higher",
+            "among",
+            amounts.among("among", count),
+            (0.3, 1.0),
+            rounds=(2, 5),
+            quick=count == 64,
+            only=lambda peer: peer.own,
+            extra=("lone", "in turn"),
+        )
         for count in (4, 16, 64, 256)
     ],
     *[
-        Case(f"workers-{count}", ("growth", "workers"), f"One producer, {count} consumers, small values", "values/s", "higher", "mpmc",
-             _many(f"workers-{count}", 1, count), (0.3, 1.0), rounds=(1, 3), quick=False)
+        Case(
+            f"workers-{count}",
+            ("growth", "workers"),
+            f"One producer, {count} consumers, small values",
+            "values/s",
+            "higher",
+            "mpmc",
+            amounts.many(f"workers-{count}", 1, count),
+            (0.3, 1.0),
+            rounds=(1, 3),
+            quick=False,
+        )
         for count in (1, 4, 16, 64)
     ],
     *[_payload(size) for size in (0, 64, 1024, 16384, 65536, 262144, MIB, 4 * MIB, 16 * MIB)],
@@ -193,5 +268,6 @@ def select(names: list[str], quick: bool) -> list[Case]:
     return [
         case
         for case in CASES
-        if (case.name in names) or ((not names or any(group in names for group in case.groups)) and (case.quick or not quick))
+        if (case.name in names)
+        or ((not names or any(group in names for group in case.groups)) and (case.quick or not quick))
     ]

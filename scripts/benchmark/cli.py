@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmark import cases, limits, machine, processes, render, schedule, stats, targets
 from benchmark.peers import PEERS
 
-QUICK_BUDGET = 60.0
+QUICK_BUDGET = 85.0
 FULL_BUDGET = 45 * 60.0
 
 
@@ -27,8 +27,13 @@ FULL_BUDGET = 45 * 60.0
 @click.option("--budget", type=float, help="Seconds after which no further round begins.")
 @click.option("--list", "listing", is_flag=True, help="Name the cases and the peers.")
 def main(
-    quick: bool, names: tuple[str, ...], peers: tuple[str, ...], into: Path | None, chart: Path | None,
-    budget: float | None, listing: bool,
+    quick: bool,
+    names: tuple[str, ...],
+    peers: tuple[str, ...],
+    into: Path | None,
+    chart: Path | None,
+    budget: float | None,
+    listing: bool,
 ) -> None:
     if listing:
         _list()
@@ -42,7 +47,9 @@ def main(
     about = machine.describe()
     started = time.monotonic()
     measured_limits = limits.measure([case.limit for case in chosen if case.limit], quick)
-    tables = schedule.run(chosen, peers, quick, budget or (QUICK_BUDGET if quick else FULL_BUDGET))
+    tables = schedule.run(
+        chosen, peers, quick, (budget or (QUICK_BUDGET if quick else FULL_BUDGET)) - time.monotonic() + started
+    )
     for table in tables:
         table.limits = limits.beside(table.case, measured_limits)
     verdicts = targets.judge(tables)
@@ -50,8 +57,13 @@ def main(
     render.show(tables, about, verdicts, console)
     console.print(f"\n{time.monotonic() - started:.0f} s, load now {os.getloadavg()[0]:.2f}", highlight=False)
     if into is not None:
-        data = {"machine": about, "quick": quick, "tables": [stats.to_json(one) for one in tables],
-                "targets": [one.to_json() for one in verdicts], "left_out": ["10: across hosts (needs the cluster)"]}
+        data = {
+            "machine": about,
+            "quick": quick,
+            "tables": [stats.to_json(one) for one in tables],
+            "targets": [one.to_json() for one in verdicts],
+            "left_out": ["10: across hosts (needs the cluster)"],
+        }
         into.write_text(json.dumps(data, indent=1) + "\n")
     if chart is not None:
         from benchmark.chart import draw

@@ -57,7 +57,9 @@ def mpmc(transport: Transport, work: Work) -> Outcome:
     makers, takers = found[: work.producers], found[work.producers : -1]
     seconds = max(one["ended"] for one in takers) - min(one["began"] for one in makers)
     seen = np.concatenate([one["seen"] for one in takers])
-    wanted = np.concatenate([np.arange(p << SHIFT, (p << SHIFT) + each, dtype=np.uint64) for p in range(work.producers)])
+    wanted = np.concatenate(
+        [np.arange(p << SHIFT, (p << SHIFT) + each, dtype=np.uint64) for p in range(work.producers)]
+    )
     distinct = np.intersect1d(seen, wanted)
     total = each * work.producers
     spent = sum(one["cpu"] for one in found) / total * 1e6
@@ -70,8 +72,7 @@ def chain(transport: Transport, work: Work) -> Outcome:
     def drive(work: Work, gate: roles.Gate, number: int) -> dict[str, Any]:
         sender, receiver = transport.sender(work, 0), transport.receiver(work, work.count)
         with gate:
-            result = roles.ping(sender.put, receiver.get, work)
-        return result
+            return roles.ping(sender.put, receiver.get, work)
 
     def forward(work: Work, gate: roles.Gate, number: int) -> dict[str, Any]:
         receiver, sender = transport.receiver(work, number - 1), transport.sender(work, number)
@@ -98,10 +99,10 @@ def idle(transport: Transport, work: Work) -> Outcome:
         senders = [transport.sender(work, one) for one in range(work.count)]
         with gate:
             time.sleep(0.5)
-            everybody = os.getppid()
-            before, mine = processes.tree_seconds(everybody), time.process_time()
+            everybody, me = os.getppid(), os.getpid()
+            before = processes.tree_seconds(everybody, me)
             time.sleep(work.pause)
-            used = processes.tree_seconds(everybody) - before - (time.process_time() - mine)
+            used = processes.tree_seconds(everybody, me) - before
             for one, sender in enumerate(senders):
                 sender.put(one)
                 sender.flush()
@@ -115,8 +116,9 @@ def idle(transport: Transport, work: Work) -> Outcome:
 
 
 def among(transport: Transport, work: Work) -> Outcome:
-    """Share of its lone rate that a queue keeps among `count` that both ends also have open; and what a round over all of
-    them gives, as a share of the lone rate, too."""
+    """Share of its lone rate that a queue keeps among `count` that both ends also have open.
+
+    Beside it "in turn": what a round over all of them gives, as a share of the lone rate."""
     lone = _among(transport, work, 1, turns=False)
     quiet = _among(transport, work, work.count, turns=False)
     turns = _among(transport, work, work.count, turns=True)

@@ -1,6 +1,6 @@
-"""`python -m benchmark.measure`: one peer's work, in a fresh process. A JSON object on stdin says what, results go to a file.
+"""`python -m benchmark.measure`: one peer's work, in a fresh process. JSON on stdin says what, results go to a file.
 
-    {"peer": {...fields of Peer...}, "works": [...], "into": path}  ->  one JSON line per work
+{"peer": {...fields of Peer...}, "works": [...], "into": path}  ->  one JSON line per work
 """
 
 from __future__ import annotations

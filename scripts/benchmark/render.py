@@ -29,12 +29,13 @@ def times(value: float | None) -> str:
 
 
 def header(machine: dict[str, Any]) -> str:
+    busy = "  (the machine is busy: trust ratios only)" if machine["load"] > 0.7 else ""
     lines = [
-        f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_gib']} GiB, Linux {machine['kernel']}, Python {machine['python']}",
-        f"load at start {machine['load']:.2f}" + ("  (the machine is busy: trust ratios only)" if machine["load"] > 0.7 else ""),
-        "Cells: median of the repeats, with their spread. Ratios: this row / the best lossless peer (marked *), / the limit.",
-        "A row that lost frames is shown with its losses and is never the best peer. Case 10 (across hosts) needs the",
-        "cluster, which does not stand yet: it is left out.",
+        f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_gib']} GiB, "
+        f"Linux {machine['kernel']}, Python {machine['python']}; load at start {machine['load']:.2f}{busy}",
+        "Cells: median of the repeats, with their spread. Ratios: this row / the best lossless peer (*), / limit.",
+        "A row that lost frames is shown with its losses, and is never the best peer. Case 10 (across hosts) is",
+        "left out: the cluster does not stand yet.",
     ]
     return "\n".join(lines)
 
@@ -54,7 +55,13 @@ def grid(table: Table) -> Grid:
             found.add_column(name, justify="right")
     found.add_column("runs", justify="right")
     found.add_column("lost", justify="right")
+    quiet = [row.peer.name for row in table.rows if row.status == "not in quick runs"]
+    if quiet:
+        found.caption = f"not in quick runs: {', '.join(quiet)}"
+        found.caption_justify = "left"
     for row in table.sorted_rows():
+        if row.peer.name in quiet:
+            continue
         if not row.peer.without_crc or table.row(row.peer.without_crc) is None:
             found.add_row(*_cells(row, table, best, no_crc, cpu), style="bold" if row.peer.own else None)
     for name, value in table.limits.items():
@@ -84,7 +91,7 @@ def _cells(row: Row, table: Table, best: Row | None, no_crc: bool, cpu: bool) ->
 def _losses(row: Row) -> str:
     if not row.lost and not row.bad:
         return "0"
-    wrong = f", {row.bad} wrong" if row.bad else ""
+    wrong = f", {row.bad:,} wrong or out of order" if row.bad else ""
     return f"{row.lost:,} of {row.expected:,}{wrong}"
 
 
@@ -100,7 +107,11 @@ def show(tables: Sequence[Table], machine: dict[str, Any], targets: Sequence[Any
             if row.median is not None and row.status.startswith("ok in"):
                 console.print(f"  {row.peer.name}: {row.status}", markup=False, highlight=False)
             if row.peer.reference and row.median is not None:
-                console.print(f"  {row.peer.name}: no peer to be measured against: {row.peer.reference}", markup=False, highlight=False)
+                console.print(
+                    f"  {row.peer.name}: no peer to be measured against: {row.peer.reference}",
+                    markup=False,
+                    highlight=False,
+                )
     if targets:
         console.print()
         console.print(target_grid(targets))
@@ -111,5 +122,12 @@ def target_grid(targets: Sequence[Any]) -> Grid:
     for name in ("what", "wanted", "reached", "against", "verdict"):
         found.add_column(name, justify="right" if name in ("wanted", "reached") else "left")
     for one in targets:
-        found.add_row(one.what, one.wanted, one.reached, one.against, one.verdict, style="bold red" if one.verdict == "missed" else None)
+        found.add_row(
+            one.what,
+            one.wanted,
+            one.reached,
+            one.against,
+            one.verdict,
+            style="bold red" if one.verdict == "missed" else None,
+        )
     return found

@@ -24,11 +24,13 @@ def measure(peer: Peer, works: Sequence[Work], timeout: float) -> list[Outcome]:
     """Let a fresh process do these works. One outcome each; those it did not reach say why."""
     if peer.absent:
         return [Outcome(error=f"absent: {peer.absent} is not installed")] * len(works)
-    with tempfile.TemporaryDirectory(prefix="upipe-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="upipe-bench-", ignore_cleanup_errors=True) as folder:
         into, log = Path(folder, "results"), Path(folder, "log")
         order = {"peer": asdict(peer), "works": [work.to_json() for work in works], "into": str(into)}
         with log.open("wb") as output:
-            code = _run([sys.executable, "-m", "benchmark.measure"], json.dumps(order), output.fileno(), timeout, folder)
+            code = _run(
+                [sys.executable, "-m", "benchmark.measure"], json.dumps(order), output.fileno(), timeout, folder
+            )
         lines = into.read_text().splitlines() if into.exists() else []
         found = [Outcome.from_json(json.loads(line)) for line in lines if line.endswith("}")]
         reason = f"failed: no end within {timeout:.0f} s" if code is None else f"failed: exit code {code}: {_last(log)}"
@@ -45,7 +47,13 @@ def _run(command: list[str], order: str, output: int, timeout: float, folder: st
     paths = [str(Path(__file__).parents[1]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = {**os.environ, **ENVIRONMENT, "TMPDIR": folder, "PYTHONPATH": os.pathsep.join(paths)}
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True, env=environment, cwd=folder
+        command,
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+        env=environment,
+        cwd=folder,
     )
     try:
         process.communicate(order.encode(), timeout)

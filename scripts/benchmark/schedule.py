@@ -1,4 +1,4 @@
-"""Who is measured when: rounds, in each of which every case takes every peer once, so that a slow minute hits all alike."""
+"""Who is measured when: in a round every case takes every peer once, so that a slow minute hits all alike."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from benchmark.run import measure
 from benchmark.stats import Row, Table
 
 Measure = Callable[[Peer, Sequence[Work], float], list[Outcome]]
+GRACE = 15.0
+"""Seconds that the first round may take longer than the budget; what it has not begun then is shown as not run."""
 SLACK = 12.0
 """Seconds a measurement may take longer than it should, before it counts as hung."""
 
@@ -32,15 +34,31 @@ def jobs(cases: Sequence[Case], wanted: Sequence[str], quick: bool) -> Iterator[
     for number in range(max(case.rounds[0 if quick else 1] for case in cases)):
         now = [case for case in cases if number < case.rounds[0 if quick else 1]]
         heavy: dict[str, tuple[Peer, list[Case]]] = {}
+        found: list[Job] = []
         for case in now:
             peers = [peer for peer in case.peers() if matches(peer.name, wanted)]
-            for peer in peers[number % 2 :: 1] + peers[: number % 2]:
+            for peer in peers if number % 2 == 0 else reversed(peers):
+                if quick and not in_quick(case, peer):
+                    continue
                 if not peer.heavy:
-                    yield Job(peer, (case,), number)
+                    found.append(Job(peer, (case,), number))
                 elif number < (1 if quick else 3):
                     heavy.setdefault(peer.name, (peer, []))[1].append(case)
         for peer, todo in heavy.values():
-            yield Job(peer, tuple(todo), number)
+            found.append(Job(peer, tuple(todo), number))
+        yield from sorted(found, key=_urgency) if quick else found
+
+
+def _urgency(job: Job) -> tuple[bool, bool]:
+    """In a quick run first what the targets are about, and of that first what has few rows."""
+    few = job.peer.heavy > 0 or job.cases[0].kind in ("start", "idle", "among")
+    return (not (job.peer.own or job.peer.key), not few)
+
+
+def in_quick(case: Case, peer: Peer) -> bool:
+    """Does the peer take part in this case of a quick run?"""
+    few = peer.quick is not None and case.name not in peer.quick and case.kind not in peer.quick
+    return not few and case.quick_only(peer)
 
 
 def matches(name: str, wanted: Sequence[str]) -> bool:
@@ -49,11 +67,14 @@ def matches(name: str, wanted: Sequence[str]) -> bool:
 
 
 def run(cases: Sequence[Case], wanted: Sequence[str], quick: bool, budget: float, do: Measure = measure) -> list[Table]:
-    """Run everything. After `budget` seconds only what has not been measured at all is still begun."""
-    tables = {case.name: Table(case, [Row(peer) for peer in case.peers() if matches(peer.name, wanted)]) for case in cases}
+    """Run everything. After `budget` seconds no further round is begun."""
+    tables = {
+        case.name: Table(case, [Row(peer) for peer in case.peers() if matches(peer.name, wanted)]) for case in cases
+    }
     started = time.monotonic()
     for job in jobs(cases, wanted, quick):
-        if job.round and time.monotonic() - started > budget:
+        spent = time.monotonic() - started
+        if spent > (budget if job.round else budget + GRACE):
             break
         seconds = [case.seconds[0 if quick else 1] for case in job.cases]
         works = [case.work(job.peer, one) for case, one in zip(job.cases, seconds, strict=True)]
@@ -64,12 +85,16 @@ def run(cases: Sequence[Case], wanted: Sequence[str], quick: bool, budget: float
             assert row is not None
             row.outcomes.append(outcome)
     _progress(None, started)
-    return [_supported(table) for table in tables.values()]
+    return [_supported(table, quick) for table in tables.values()]
 
 
-def _supported(table: Table) -> Table:
+def _supported(table: Table, quick: bool) -> Table:
     """Without the rows of peers that have nothing of that kind."""
     table.rows = [row for row in table.rows if not row.status.startswith("unsupported")]
+    for row in table.rows:
+        if not row.outcomes:
+            short = quick and not in_quick(table.case, row.peer)
+            row.outcomes = [Outcome(error="not in quick runs" if short else "not run: out of time")]
     return table
 
 

@@ -87,7 +87,9 @@ class Table:
     def best(self, *, names: tuple[str, ...] = ()) -> Row | None:
         """The best comparable peer (of those whose name begins so), None when there is none."""
         candidates = [
-            row for row in self.rows if row.comparable and (not names or any(row.peer.name.startswith(name) for name in names))
+            row
+            for row in self.rows
+            if row.comparable and (not names or any(row.peer.name.startswith(name) for name in names))
         ]
         pick = max if self.case.better == "higher" else min
         return pick(candidates, key=lambda row: row.median or 0.0) if candidates else None

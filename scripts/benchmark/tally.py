@@ -1,4 +1,4 @@
-"""Counting and checking what arrives. The fast path is C (zip, iterators); trouble goes to the slow path, which counts it."""
+"""Counting and checking what arrives. The fast path is C (zip, iterators); a slow path counts the trouble."""
 
 from __future__ import annotations
 
@@ -60,23 +60,23 @@ class Tally:
     def _run(self, values: Iterator[int], expected: int, end: int) -> int:
         """Up to value end - 1. Returns the next one expected."""
         while expected < end:
-            first = expected
+            position = expected - 1
             try:
-                for expected, value in zip(range(first, end), values, strict=False):  # noqa: B007
-                    if value != expected:
+                for position, value in zip(range(expected, end), values, strict=False):
+                    if value != position:
                         break
                 else:
-                    self.arrived += end - first
+                    self.arrived += end - expected
                     return end
             except Silence:
-                self.arrived += expected - first + (1 if expected > first else 0)
+                self.arrived += position - expected + 1
                 raise
-            self.arrived += expected - first
-            if value < expected:
-                self.bad += 1
-                continue
-            self.arrived += 1  # those between were lost, or come later and count as bad
-            expected = value + 1
+            self.arrived += position - expected + 1
+            if value < position:
+                self.bad += 1  # twice, or overtaken
+                expected = position
+            else:
+                expected = value + 1  # those between are lost, or come later
         return expected
 
     async def awaited(self, get: Callable[[], Awaitable[int]]) -> None:
@@ -146,7 +146,7 @@ class Tally:
                 del frame, words
                 if self.arrived == self.warm:
                     self._begin()
-                if expected >= self.total:
+                if self.arrived >= self.total:
                     break
         except Silence:
             self.cut = True

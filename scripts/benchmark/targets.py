@@ -49,11 +49,25 @@ TARGETS: tuple[Target, ...] = (
     Target("small values, put_many/get_many over arrays", "small", "upipe.many", 15),
     Target("round trip, both running", "rtt", "upipe.put", 0.5, ("iceoryx2.poll",), most=True),
     *[
-        Target(f"round trip, asleep, {pins}, sync", f"rtt-asleep-{pins}", "upipe.put", 1.2, limit=f"futex-{pins}", most=True)
+        Target(
+            f"round trip, asleep, {pins}, sync",
+            f"rtt-asleep-{pins}",
+            "upipe.put",
+            1.2,
+            limit=f"futex-{pins}",
+            most=True,
+        )
         for pins in ("two", "one", "free")
     ],
     *[
-        Target(f"round trip, asleep, {pins}, awaited", f"rtt-asleep-{pins}", "upipe.aio", 1.5, limit=f"futex-{pins}", most=True)
+        Target(
+            f"round trip, asleep, {pins}, awaited",
+            f"rtt-asleep-{pins}",
+            "upipe.aio",
+            1.5,
+            limit=f"futex-{pins}",
+            most=True,
+        )
         for pins in ("two", "one", "free")
     ],
     Target("1 MiB, copies, CRC on", "frames-1m-copy", "upipe.put", 1.2),
@@ -93,6 +107,7 @@ def _judge(target: Target, table: Table) -> Verdict:
         reached = None  # a lossy row reaches nothing
     if reached is None:
         return Verdict(target.what, wanted, "–", against, "not measured", None)
+    reached = max(reached, 1e-9)
     factor = target.factor / reached if target.most else reached / target.factor
     return Verdict(target.what, wanted, f"{reached:.3g}", against, "met" if factor >= 1 else "missed", factor)
 

@@ -1,12 +1,13 @@
 """Helpers of the queue tests: queues that clean up after themselves, children that end, and no sleeping to synchronise.
 
-Where a test must know that another thread or process sleeps on a queue, it reads the queue's own waiting bits: `asleep`.
+Where a test must know that another thread or process sleeps on a queue, it reads the queue's own waiting bits
+(`asleep`), and for tasks its counter of sleeps (`waiting`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -66,7 +67,8 @@ class Memory:
 
     def flip(self, position: int, bit: int) -> None:
         """Flip one bit of the frame at a position."""
-        self.map[self.ring + position + bit // 8] ^= 1 << bit % 8
+        at = (position + bit // 8) % (len(self.map) - self.ring)
+        self.map[self.ring + at] ^= 1 << bit % 8
 
     def close(self) -> None:
         self.map.close()
@@ -80,6 +82,14 @@ def asleep(q: MemQ, count: int = 1, producers: bool = False):
         until(lambda: sum(m.word(name, i).bit_count() for i in range(8)) >= count, f"{count} asleep")
     finally:
         m.close()
+
+
+async def waiting(q: MemQ, count: int, counter: str = "empty_waits") -> None:
+    """Let other tasks run until that many waits were counted."""
+    deadline = time.monotonic() + DEADLINE
+    while q.counters()[counter] < count:
+        assert time.monotonic() < deadline, f"{counter} did not reach {count}"
+        await asyncio.sleep(0)
 
 
 class Thread(threading.Thread):
@@ -103,10 +113,6 @@ class Thread(threading.Thread):
         if self.error is not None:
             raise self.error
         return self.value
-
-
-def interrupt(thread: threading.Thread, error: type[BaseException]) -> None:
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(error))
 
 
 def python(code: str, root: Path | None = None, **kwargs) -> subprocess.CompletedProcess:

@@ -168,8 +168,10 @@ def test_nothing_is_lost_or_corrupt_when_producers_and_consumers_are_killed_at_r
     assert stats.balanced
     assert (stats.in_flight, stats.corrupt, stats.dead, stats.dropped) == (0, 0, 0, 0)
     assert stats.finished == len(consumed) == stats.emitted
-    print(f"\n{sum(killed.values())} kills {dict(killed)}, {len(put)} puts, {stats.redelivered} redelivered, "
-          f"{stats.aborted} aborted, {len(twice)} recorded twice")
+    print(
+        f"\n{sum(killed.values())} kills {dict(killed)}, {len(put)} puts, {stats.redelivered} redelivered, "
+        f"{stats.aborted} aborted, {len(twice)} recorded twice"
+    )
 
     name = q.name
     q.close()
@@ -180,5 +182,4 @@ def test_nothing_is_lost_or_corrupt_when_producers_and_consumers_are_killed_at_r
     assert all(segment.start_time(int(entry.split("-")[0])) for entry in gone)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)  # no zombie, no child
-    del stop
     assert descriptors() <= before + 1  # the resource tracker of the event, at most

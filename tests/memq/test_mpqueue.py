@@ -104,8 +104,8 @@ class Plain:
 def test_values_come_back_as_pickle_would_bring_them(make, kind):
     q = make(kind)
     values = [
-        None, True, 1, -(10**40), 1.5, "text", "\ud800 lone", b"bytes", (1, (2,)), [1], {"a": {1, 2}}, Plain(3), range(3),
-        np.float64(2.5), np.int8(1), Empty, len, bytearray(b"ab"),
+        None, True, 1, -(10**40), 1.5, "text", "\ud800 lone", b"bytes", (1, (2,)), [1], {"a": {1, 2}}, Plain(3),
+        range(3), np.float64(2.5), np.int8(1), Empty, len, bytearray(b"ab"),
     ]  # fmt: skip
     for value in values:
         q.put(value)
@@ -113,8 +113,12 @@ def test_values_come_back_as_pickle_would_bring_them(make, kind):
         got = q.get()
         assert got == value
         assert type(got) is type(value)
-    for array in (np.arange(6).reshape(2, 3), np.arange(6).reshape(2, 3).T, np.array([{}, None]), np.zeros((0, 3), "f2"),
-                  np.array([1, 2], ">i4"), np.array(["ab", "c"]), np.array(5)):  # fmt: skip
+    table = np.arange(6).reshape(2, 3)
+    arrays = [
+        table, table.T, np.array([{}, None]), np.zeros((0, 3), "f2"), np.array([1, 2], ">i4"), np.array(["ab", "c"]),
+        np.array(5),
+    ]  # fmt: skip
+    for array in arrays:
         q.put(array)
         got = q.get()
         assert got.dtype == pickle.loads(pickle.dumps(array)).dtype  # which makes other byte orders native
@@ -466,7 +470,12 @@ def test_a_program_leaves_no_file_process_or_message_behind(shm, tmp_path, metho
     )
     env = dict(os.environ, PYTHONPATH=str(ROOT), UPIPE_SHM=str(shm))
     done = subprocess.run(
-        [sys.executable, "-Werror", str(script), method], env=env, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-Werror", str(script), method],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() == str([n * 2 for n in range(10)])

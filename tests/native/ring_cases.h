@@ -190,7 +190,7 @@ static void case_proof_of_death(void) {
     if (leader == 0) {
         setsid();
         if ((member_ = fork()) == 0)
-            for (;;) pause();
+            for (alarm(60);;) pause(); /* ends by itself when the test does not end it */
         _exit(write(pipe_[1], &member_, sizeof member_) != sizeof member_ || (pause(), 0));
     }
     CHECK(read(pipe_[0], &member_, sizeof member_) == sizeof member_, "read");
@@ -210,6 +210,45 @@ static void case_alive(void) {
     size_t found;
     EQUAL(up_recover(&p->a.r, p->b.r.slot, 0, NULL, 0, &found, NULL, 0), UP_ALIVE);
     EQUAL(up_recover(&p->a.r, 77, 0, NULL, 0, &found, NULL, 0), UP_OK);
+    close_pair(p);
+}
+
+/* A recovery holds the registry: nobody joins a slot, and no second one begins, before it is done. */
+static _Atomic int registry_held;
+
+static void *hold_registry(void *arg) {
+    member *m = arg;
+    struct timespec nap = {0, 30000000};
+    lock(m, m->r.c->registry_lock);
+    atomic_store(&registry_held, 1);
+    nanosleep(&nap, NULL);
+    EQUAL(up_kind(UP_LD(up_state_at(&m->r, 0))), UP_TAKEN);
+    unlock(m->r.c->registry_lock);
+    return NULL;
+}
+
+static void case_one_recovery(void) {
+    pair *p = open_pair(UP_POLICY_BLOCK);
+    pthread_t thread;
+    uint64_t pos;
+    size_t found;
+    int status;
+    pid_t parent = getpid(), pid;
+    (void)put(&p->a, 0);
+    if ((pid = fork()) == 0) {
+        die_with(parent);
+        member *m = calloc(1, sizeof *m);
+        join(m, &p->base, 1, 0);
+        (void)try_take(m, &pos);
+        raise(SIGKILL);
+    }
+    CHECK(waitpid(pid, &status, 0) == pid, "wait");
+    sweep(pid);
+    CHECK(pthread_create(&thread, NULL, hold_registry, &p->b) == 0, "thread");
+    while (!atomic_load(&registry_held)) sched_yield();
+    EQUAL(up_recover(&p->a.r, 2, 0, NULL, 0, &found, NULL, 0), UP_OK);
+    EQUAL(up_kind(UP_LD(up_state_at(&p->base, 0))), UP_AVAILABLE);
+    pthread_join(thread, NULL);
     close_pair(p);
 }
 
@@ -305,7 +344,7 @@ static void run_cases(void) {
         {"wake goes on", case_wake_goes_on}, {"wake behind", case_wake_behind}, {"window", case_window},
         {"abort ends", case_abort_ends}, {"emitted", case_emitted}, {"not yours", case_not_yours},
         {"closed writer", case_closed_writer}, {"proof of death", case_proof_of_death}, {"alive", case_alive},
-        {"verdict", case_verdict}, {"dead sleeper", case_dead_sleeper}, {"attach", case_attach},
+        {"one recovery", case_one_recovery}, {"verdict", case_verdict}, {"dead sleeper", case_dead_sleeper}, {"attach", case_attach},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         printf("  %s\n", cases[i].name);

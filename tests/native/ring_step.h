@@ -205,6 +205,8 @@ static uint64_t step_to(const step *s, stage *g, uint64_t most, states *all) {
     if (s->victim) reap(g->victim = step_child(s, &g->base, 1));
     g->child = step_child(s, &g->base, 0);
     CHECK(waitpid(g->child, &status, 0) == g->child && WIFSTOPPED(status) && WSTOPSIG(status) == SIGSTOP, "child: %x", (unsigned)status);
+    up_bell_drain(g->m.bell[0]);
+    up_arm(&g->m.r, g->m.r.c->consumers_waiting); /* the survivor sleeps, whatever woke it so far */
     if (all) keep(all, g, 0);
     while (n < most) {
         CHECK(ptrace(PTRACE_SINGLESTEP, g->child, NULL, NULL) == 0, "step: %s", strerror(errno));
@@ -267,7 +269,6 @@ static void set_stage(const step *s, stage *g) {
     CHECK(up_use_producer(&g->m.r, SURVIVOR, 1) == UP_OK, "producer");
     if (s->op == op_consume) CHECK(put_batch(&g->m, SMALL, STEP_FRAMES) == STEP_FRAMES, "put");
     else for (uint64_t i = 0; i < STEP_FRAMES; i++) (void)put(&g->m, i);
-    up_arm(&g->m.r, g->m.r.c->consumers_waiting); /* the survivor sleeps */
 }
 
 static void clear_stage(stage *g) {

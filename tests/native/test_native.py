@@ -1,6 +1,6 @@
-"""The C core without Python: the layout it was built for, its checksum, and the ring under threads, sanitizers and kill -9.
+"""The C core without Python: its layout, its checksum, and the ring under threads, sanitizers and kill -9.
 
-The programs are beside this file; each says at its top what it does. `UPIPE_LONG=1` runs them for minutes instead of seconds.
+The programs are beside this file; each says at its top what it does. `UPIPE_LONG=1` runs them for minutes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STRICT = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-g
 BUILDS = {
     "production": ["-O3", "-fno-plt"],  # as setup.py compiles it
     "points": ["-O2", "-DKILL_AT_POINTS"],
-    "thread": ["-O1", "-fsanitize=thread"],
+    "thread": ["-O1", "-fsanitize=thread", "-fno-builtin"],  # else small copies are inlined unseen
     "address": ["-O1", "-DKILL_AT_POINTS", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
 
@@ -65,7 +65,8 @@ def run(program: Path, *arguments: object) -> str:
     command = [str(program), *map(str, arguments)]
     if "thread" in program.name and shutil.which("setarch"):
         command = ["setarch", "-R", *command]  # its shadow memory needs the addresses that full randomization uses
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1700 if LONG else 100)
+    place = {**os.environ, "TMPDIR": str(program.parent)}  # what a failed run leaves is pytest's to remove
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1700 if LONG else 100, env=place)
     print(done.stdout)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -77,7 +78,8 @@ def crash_points() -> list[str]:
     for header in MEMQ.glob("_*.h"):
         text = header.read_text()
         names = re.findall(r'UP_CRASH\("([^"]+)"\)', text)
-        assert len(names) == len(re.findall(r"^(?!#define).*UP_CRASH\(", text, re.MULTILINE)), f"odd UP_CRASH in {header.name}"
+        uses = re.findall(r"^(?!#define).*UP_CRASH\(", text, re.MULTILINE)
+        assert len(names) == len(uses), f"an UP_CRASH of {header.name} has no plain name, or shares its line"
         found.update(names)
     assert len(found) >= 40
     return sorted(found)
@@ -119,7 +121,7 @@ def test_threads(build, flavour, scale, mappings):
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize(("flavour", "seeds"), [("points", 2), ("address", 1)])
+@pytest.mark.parametrize(("flavour", "seeds"), [("points", 1), ("address", 1)])
 def test_killed_at_every_named_point(build, flavour, seeds):
     for seed in range(seeds * (20 if LONG else 1)):
         run(build("ring_test.c", flavour), "points", seed + 1, *crash_points())
@@ -132,4 +134,4 @@ def test_killed_at_every_instruction(build):
 
 @pytest.mark.chaos
 def test_killed_by_chance(build):
-    run(build("ring_test.c", "production"), "chaos", 300 if LONG else 10, int.from_bytes(os.urandom(4), "little"))
+    run(build("ring_test.c", "production"), "chaos", 300 if LONG else 8, int.from_bytes(os.urandom(4), "little"))

@@ -134,14 +134,20 @@ def test_the_guard_is_replaced(server: ForkServer, heard: Hearing) -> None:
     spawn(server)
     spawned = heard.next()
     assert isinstance(spawned, Spawned)
-    (guard,) = [pid for pid in in_session(server.pid) if pid not in (server.pid, spawned.pid)]
-    os.kill(guard, signal.SIGKILL)
+    known = [server.pid, spawned.pid]
+    known.append(another(server, known))
+    os.kill(known[-1], signal.SIGKILL)
+    another(server, known)
+
+
+def another(server: ForkServer, known: list[int]) -> int:
+    """A process of its session that is not known yet."""
     end = time.monotonic() + 5
     while time.monotonic() < end:
-        left = [pid for pid in in_session(server.pid) if pid not in (server.pid, spawned.pid, guard)]
-        if left:
-            break
-    assert left
+        for pid in in_session(server.pid):
+            if pid not in known:
+                return pid
+    raise AssertionError("no other process")
 
 
 def in_session(session: int) -> list[int]:

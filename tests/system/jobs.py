@@ -64,6 +64,12 @@ def check(value: Any) -> Any:
     return value
 
 
+def check_slowly(value: Any) -> Any:
+    """Map: check(), taking its time."""
+    time.sleep(0.01)
+    return check(value)
+
+
 def to_number(value: Any) -> int:
     """Map: the number."""
     return number_of(value)

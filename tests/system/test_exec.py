@@ -30,8 +30,9 @@ class Adder:
 
 async def main(method):
     pipe = Pipe("p", settings=Settings(start_method=method))
-    pipe.chain(Processor("here", here), Processor("beside", beside.plus_one), Processor("adder", Adder),
-    Processor("again", beside.Again)) async with pipe:
+    again = Processor("again", beside.Again)
+    pipe.chain(Processor("here", here), Processor("beside", beside.plus_one), Processor("adder", Adder), again)
+    async with pipe:
         return [await pipe.call(number, timeout=20) for number in range(4)]
 
 if __name__ == "__main__":

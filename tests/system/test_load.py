@@ -92,7 +92,8 @@ async def test_start_up(method: str) -> None:
         await pipe.wait_for_completion(10)
     started, first = (statistics.median(one) for one in zip(*times, strict=True))
     print(f"\n{method}: start() {started:.0f} ms, first frame after {first:.0f} ms (median of {len(times)})")
-    assert first < (150 if method == "fork" else 2000)
+    crowded = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # other work on the machine is no fault of ours
+    assert first < (150 if method == "fork" else 500) * crowded
 
 
 async def test_workers_go_on_while_the_caller_does_not_listen() -> None:

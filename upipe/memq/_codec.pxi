@@ -233,7 +233,8 @@ cdef object _decode(up_frame *f, object payload, bint allow_pickle):
         value = _array_view(f, payload, (<Block>payload).data, True)
         if value is not None:
             return value
-    return _frame.decode(f.dtype, f.item, f.rank, f.flags, f.inline_, f.size, memoryview(payload), allow_pickle=allow_pickle)
+    return _frame.decode(f.dtype, f.item, f.rank, f.flags, f.inline_, f.size, memoryview(payload),
+                         allow_pickle=allow_pickle)
 
 
 cdef object _scalar_array(cnp.ndarray values, int dtype):

@@ -1,4 +1,4 @@
-# The part of a doorbell that must not run Python code: a signal handler could raise there, between a take and its return.
+# The part of a doorbell that must not run Python code: a signal handler could raise between a take and its return.
 
 cdef class Doorbell:
     """Base of wakeup.Bell: the descriptor, and how many wait on it. `fd` becomes readable when somebody rings `id`."""

@@ -10,7 +10,7 @@ cdef uint64_t _kept = 0
 
 
 cdef class Block:
-    """One piece of memory with the buffer protocol; its pages go back to the pool when nothing refers to it any more."""
+    """One piece of memory with the buffer protocol; its pages go back to the pool when nothing refers to it."""
     cdef uint8_t *data
     cdef Py_ssize_t size
     cdef int kind            # size class, -1 = plain malloc

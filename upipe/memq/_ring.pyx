@@ -1,14 +1,15 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, embedsignature=True
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+# cython: embedsignature=True
 """Ring: one handle of one queue. The thin wrapper of _ring.h: arguments in, encode, lock, move, wake, decode.
 
-Waiting, in every blocking call: try; spin briefly; arm (set the waiting bit); try again; sleep in poll(2) on the own doorbell
-and, in a stand-alone queue, on pidfds of the other participants. The second try under the lock makes the sleep safe.
+Waiting, in every blocking call: try; spin briefly; arm (set the waiting bit); try again; sleep in poll(2) on the own
+doorbell and, in a stand-alone queue, on pidfds of the other participants. The second try under the lock makes the sleep
+safe.
 """
 
 import errno as _errno
 import os
 import queue as _queue
-import time as _time
 import weakref as _weakref
 
 cimport cython
@@ -20,7 +21,7 @@ from cpython.ref cimport Py_INCREF
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.errno cimport EINTR, errno
 from libc.math cimport INFINITY
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy
 
@@ -31,7 +32,6 @@ from upipe.errors import (
     EncodeError,
     EndOfStream,
     FrameCorrupt,
-    FrameError,
     FrameTooLarge,
     QueueClosed,
     QueueError,
@@ -86,7 +86,7 @@ cdef enum:
 
 cdef double LOCK_PATIENCE = 10.0
 cdef double ALONE = 0.05    # seconds asleep before a stand-alone queue also watches its peers
-cdef double LAZY = 0.002    # seconds a producer sleeps for some room at once, before it sleeps for just the room it needs
+cdef double LAZY = 0.002    # seconds a producer sleeps for much room at once, before it sleeps for what it needs
 
 cdef int _generation = 0    # raised in every forked child: handles join again there, with slots and bells of their own
 
@@ -198,7 +198,8 @@ cdef class Ring:
         self.supervised = (self.r.c.options & UP_OPT_SUPERVISED) != 0
         _handles.add(self)
 
-    def _create(self, int fd, uint64_t capacity, int policy, uint64_t max_frames, uint32_t options, str root, str label):
+    def _create(self, int fd, uint64_t capacity, int policy, uint64_t max_frames, uint32_t options, str root,
+                str label):
         """Format the file behind fd and map it."""
         if up_create(&self.r, fd, capacity, policy, max_frames, options) != UP_OK:
             raise OSError(errno, f"cannot map queue {label}: {os.strerror(errno)}")
@@ -211,14 +212,15 @@ cdef class Ring:
         if rc == UP_OK:
             self._opened(root, label)
         elif rc == UP_FOREIGN:
-            raise SegmentInvalid(f"{label} is no uPipe queue (its magic is not ours); this build has layout version {UP_VERSION}")
+            raise SegmentInvalid(f"{label} is no uPipe queue (its magic is not ours); this build has layout version "
+                                 f"{UP_VERSION}")
         elif rc == UP_OTHERVERSION:
             raise SegmentInvalid(
-                f"{label} has layout version {found[0]} (fingerprint {found[1]:08x}), this build has version {UP_VERSION} "
-                f"(fingerprint {up_fingerprint():08x}); use the same uPipe on both sides")
+                f"{label} has layout version {found[0]} (fingerprint {found[1]:08x}), this build has version "
+                f"{UP_VERSION} (fingerprint {up_fingerprint():08x}); use the same uPipe on both sides")
         elif rc == UP_TRUNCATED:
-            raise SegmentInvalid(f"{label} (layout version {found[0]}) is shorter than it says; it was truncated, this build "
-                                 f"has version {UP_VERSION}; create it again")
+            raise SegmentInvalid(f"{label} (layout version {found[0]}) is shorter than it says; it was truncated, this "
+                                 f"build has version {UP_VERSION}; create it again")
         else:
             raise OSError(errno, f"cannot map queue {label}: {os.strerror(errno)}")
 
@@ -266,16 +268,12 @@ cdef class Ring:
             from upipe.memq import segment
             segment.at_exit(close_handles, -50)
             _exit_pid = getpid()
-        for attempt in range(2):
+        for _attempt in range(2):
             self._lock(self.r.c.registry_lock)
             if self.r.slot != UP_NONE:  # another thread of ours was faster
                 up_unlock(self.r.c.registry_lock)
                 return
             rc = up_join_locked(&self.r)
-            if rc == UP_OK and self.r.slots[self.r.slot].start == 0:  # nobody could find our bells, or prove us dead
-                UP_ST32(&self.r.slots[self.r.slot].pid, 0)
-                self.r.slot = UP_NONE
-                rc = UP_SYSTEM
             up_unlock(self.r.c.registry_lock)
             if rc != UP_NOSLOT:
                 break
@@ -380,8 +378,8 @@ cdef class Ring:
 
     cdef _no_descriptor(self, error):
         if error.errno in (_errno.EMFILE, _errno.ENFILE):
-            raise QueueError(f"cannot sleep on queue {self.label}: no file descriptor is left (ulimit -n); nothing was put "
-                             "or taken; close some, or raise the limit") from error
+            raise QueueError(f"cannot sleep on queue {self.label}: no file descriptor is left (ulimit -n); nothing was "
+                             "put or taken; close some, or raise the limit") from error
 
     cdef inline uint64_t *_bits(self, int producer) noexcept:
         if producer:
@@ -390,7 +388,7 @@ cdef class Ring:
 
     cdef int _spin(self, int producer) noexcept:
         """Spin while nothing changes; 1 when something did. The length follows how often spinning helped."""
-        cdef int i, n = self.spin[producer]
+        cdef int _i, n = self.spin[producer]
         cdef uint64_t *word = &self.r.c.tail
         cdef uint64_t before
         cdef int hit = 0
@@ -402,7 +400,7 @@ cdef class Ring:
                 word = up_state_at(&self.r, before)  # the next frame is being written: wait for its commit
         before = UP_LD(word)
         with nogil:
-            for i in range(n):
+            for _i in range(n):
                 UP_PAUSE()
                 if UP_LD(word) != before:
                     hit = 1
@@ -434,7 +432,7 @@ cdef class Ring:
         if producer:
             if lazy:
                 free_ = min(max(need, self.r.capacity // 8), self.r.capacity)
-            if free_ and not self.r.c.max_frames and bell.sleepers + bell.tasks <= 1:  # more waiters: each has its own need
+            if free_ and not self.r.c.max_frames and bell.sleepers + bell.tasks <= 1:  # more: each has its own need
                 head = up_position(UP_LDA(&self.r.c.head))
                 if head + free_ > self.r.capacity:
                     want = head + free_ - self.r.capacity
@@ -463,9 +461,9 @@ cdef class Ring:
         self._left_bell(producer)
 
     cdef void _left_bell(self, int producer) noexcept:
-        """The next on this bell looks when there may be more for it (the bit tells nothing about the frames before it was
-        set, which we may have set ourselves). When there is none, the bit goes, and a wake that we were given goes on to
-        another process if there is more than we took."""
+        """The next on this bell looks when there may be more for it (the bit tells nothing about the frames before it
+        was set, and we may have set it ourselves). When there is no next, the bit goes; a wake that we were given goes
+        on to another process if there is more than we took."""
         cdef Doorbell bell = self.bell_room if producer else self.bell_frames
         if bell is None or self.closed or self.generation != _generation or self.r.slot == UP_NONE:
             return
@@ -473,8 +471,8 @@ cdef class Ring:
             if (producer or self._something()
                     or not UP_LD(&self._bits(producer)[self.r.slot // 64]) >> (self.r.slot & 63) & 1):
                 bell.ring()
-        elif not up_disarm(&self.r, self._bits(producer)) and not producer and self._something():
-            up_wake_consumers(&self.r, 1)
+        else:
+            up_disarm(&self.r, self._bits(producer))
 
     cdef bint _something(self) noexcept:
         """Is there a frame to take, or the end to learn? (A hint, without the lock: yes when in doubt.)"""
@@ -725,13 +723,11 @@ cdef class Ring:
 
     cdef void _abort(self, uint64_t pos) noexcept:
         """A claim of ours becomes padding."""
-        if self.r.producer != UP_NONE:
-            self.r.producers[self.r.producer].aborted += 1  # as recovery counts it: emitted() leaves it out
         up_abort(&self.r, pos)
         up_wake_consumers(&self.r, 1)
 
     cdef void _unlock_consumers(self, uint64_t before) noexcept:
-        """Leave the consumers' lock. When tail moved since `before`, those who wait for room or for the end hear of it."""
+        """Leave the consumers' lock. When tail moved since `before`, who waits for room or for the end hears of it."""
         cdef uint64_t after = UP_LD(&self.r.c.tail)
         up_unlock(self.r.c.consumer_lock)
         if after != before:
@@ -748,7 +744,7 @@ cdef class Ring:
         return 0
 
     cdef bint _skip_padding(self) except -1:
-        """Free unfinished writes that no consumer has passed yet, since none may be there. True when room came of it."""
+        """Free unfinished writes that no consumer passed yet, since none may be there. True when room came of it."""
         cdef uint64_t at = UP_LD(&self.r.c.next), before, pos, span
         cdef bint moved
         if at == up_position(UP_LDA(&self.r.c.head)) or up_kind(UP_LDA(up_state_at(&self.r, at))) != UP_ABORTED:
@@ -984,8 +980,8 @@ cdef class Ring:
         return up_finish(&self.r, pos, kind)
 
     cdef int _wait_frame(self, uint64_t *pos, up_frame *out, bint holding, double timeout) except -100:
-        """Take, or with out != NULL consume, waiting up to timeout. UP_OK: consumed into *out. UP_TOOBIG: taken at *pos.
-        UP_CORRUPT: buried, see *out. UP_EMPTY, UP_END."""
+        """Take, or with out != NULL consume, waiting up to timeout. UP_OK: consumed into *out. UP_TOOBIG: taken at
+        *pos. UP_CORRUPT: buried, see *out. UP_EMPTY, UP_END."""
         cdef Waiting w
         cdef int rc
         if self.trouble is not None:
@@ -1013,8 +1009,8 @@ cdef class Ring:
 
     cdef _corrupt(self, uint64_t pos):
         self.r.c.corrupt += 1
-        raise FrameCorrupt(f"the frame at position {pos} of queue {self.label} does not match its CRC32: its bytes changed "
-                           "after they were written (a stray write or bad memory); it was not delivered")
+        raise FrameCorrupt(f"the frame at position {pos} of queue {self.label} does not match its CRC32: its bytes "
+                           "changed after they were written (a stray write or bad memory); it was not delivered")
 
     cdef object _read(self, uint64_t pos):
         """Copy the frame out, check it, decode it. Raises FrameCorrupt, or what decoding raises."""
@@ -1061,7 +1057,7 @@ cdef class Ring:
         self._nothing(rc, f)
 
     cdef object _read_and_end(self, uint64_t pos):
-        """The value of a taken frame, which is ended whatever happens. An interrupt (KeyboardInterrupt ...) gives it back."""
+        """The value of a taken frame, which is ended whatever happens; only an interrupt (Ctrl-C) gives it back."""
         try:
             value = self._read(pos)
         except FrameCorrupt:
@@ -1239,9 +1235,11 @@ cdef class Ring:
         return PyBytes_FromStringAndSize(<char *>f, UP_GRANULE + size)
 
     def header(self):
-        """(position, deliveries, execution, key, producer, epoch, timestamp ns, dtype, flags, size) of the last frame read."""
+        """Of the last frame read: (position, deliveries, execution, key, producer, epoch, timestamp ns, dtype, flags,
+        size)."""
         cdef up_frame *f = &self.last
-        return (f.position, f.deliveries, f.execution, f.key, f.producer, f.epoch, f.timestamp, f.dtype, f.flags, f.size)
+        return (f.position, f.deliveries, f.execution, f.key, f.producer, f.epoch, f.timestamp, f.dtype, f.flags,
+                f.size)
 
     @property
     def last_execution(self):
@@ -1257,7 +1255,8 @@ cdef class Ring:
         """Take, copy and finish up to `max` values; many frames per lock. Waits for the first one only.
 
         Returns a list, or with array=True a 1-d array of scalars: it ends where the DType changes, and a value that is
-        no scalar comes back as a list of one. A frame that cannot be read ends the batch before it; the next get raises.
+        no scalar comes back as a list of one. A frame that cannot be read ends the batch before it, and the next get
+        raises.
 
         Raises:
             queue.Empty, EndOfStream, FrameCorrupt: as get().
@@ -1464,7 +1463,7 @@ cdef class Ring:
     def recover(self, uint32_t pid, uint64_t max_deliveries=0, covered=()):
         """Recover one dead process (a supervisor). Frames in `covered` (positions in a checkpoint) are finished.
 
-        Returns the positions of frames that reached max_deliveries: they are held by this handle now, for end(dead=True).
+        Returns the positions of frames that reached max_deliveries: this handle holds them now, for end(dead=True).
 
         Raises:
             QueueError: the process is not proven dead.
@@ -1559,7 +1558,8 @@ cdef class Ring:
         up_books_read(&c.tail, c.tail_books, &tail_pos, &tail)
         up_books_read(&c.head, c.head_books, &head_pos, &head)
         oldest = 0
-        if head_pos != tail_pos and up_kind(UP_LDA(up_state_at(&self.r, tail_pos))) in (UP_COMMITTED, UP_AVAILABLE, UP_TAKEN):
+        state = up_kind(UP_LDA(up_state_at(&self.r, tail_pos)))
+        if head_pos != tail_pos and state in (UP_COMMITTED, UP_AVAILABLE, UP_TAKEN):
             oldest = up_frame_at(&self.r, tail_pos).timestamp
         return {
             "capacity": c.capacity, "head": head_pos, "tail": tail_pos, "next": UP_LD(&c.next),
@@ -1568,7 +1568,7 @@ cdef class Ring:
             "aborted": tail.aborted, "redelivered": c.redelivered, "corrupt": c.corrupt, "taken": c.taken,
             "max_depth": c.max_depth, "full_waits": c.full_waits, "empty_waits": c.empty_waits,
             "oldest_ns": oldest, "policy": c.policy, "stream": c.stream, "max_frames": c.max_frames,
-            "participants": len(self.peers()) + (self.r.slot != UP_NONE),
+            "participants": len({self.r.slots[i].pid for i in range(UP_SLOTS) if self.r.slots[i].pid}),
         }
 
     def in_flight(self):

@@ -1,4 +1,4 @@
-# Zero copy: views into the ring. A view holds its Ring, so the mapping outlives it; the frame is held only inside `with`.
+# Zero copy: views into the ring. A view holds its Ring, and so the mapping; the frame is held only inside `with`.
 
 cdef class _Pin:
     """Keeps a Ring mapped for as long as an array or a memoryview refers to its bytes."""
@@ -30,7 +30,8 @@ cdef class Reservation:
         descr = _np.dtype(dtype)
         item = _num_to_item[descr.num] if 0 <= descr.num < 24 and descr.isnative else -1
         if item < 0 or len(dims) > 3 or any(not 0 <= d < 2097152 for d in dims):
-            raise ValueError(f"reserve takes up to 3 dimensions below 2**21 of a plain numeric dtype, not {dims} of {descr}")
+            raise ValueError(f"reserve takes up to 3 dimensions below 2**21 of a plain numeric dtype, not {dims} of "
+                             f"{descr}")
         self.ring = ring
         self.timeout = timeout
         size = descr.itemsize

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from upipe.errors import EndOfStream, OutOfSharedMemory, QueueClosed, QueueNotFound
+from upipe.errors import EndOfStream, OutOfSharedMemory, QueueClosed
 from upipe.frame import DType
 from upipe.memq import segment
 from upipe.memq._ring import Tally
@@ -42,8 +42,8 @@ _NATIVE = frozenset({type(None), bool, int, float, str, bytes})
 _FOREVER = float("inf")
 
 VALUE, PICKLED, SPILLED, SPILLED_PICKLE = 0, 1, 2, 3
-"""What a frame is, in the `key` field of its header: the value itself; bytes of multiprocessing's pickler; the name of a
-spill file that holds a whole value, encoded as BYTES, or such a pickle."""
+"""What a frame is, in the `key` field of its header: the value itself; bytes of multiprocessing's pickler; the name of
+a spill file that holds bytes, or such a pickle."""
 
 _spills = itertools.count(1)
 
@@ -89,7 +89,11 @@ class _Channel:
         if isinstance(value, str) and size > self._large // 4:
             size = len(value.encode())
         if size > self._large:
-            return self._spill(kind, value, timeout)
+            try:
+                return self._spill(kind, value, timeout)
+            except OutOfSharedMemory:
+                if size > self.ring.capacity - 64:
+                    raise  # else it may still go through the ring itself
         return self.ring.send(value, -1, timeout, 0, kind)
 
     def _spill(self, kind: int, value: Any, timeout: float) -> bool:
@@ -156,7 +160,7 @@ def _seconds(block: bool, timeout: float | None) -> float:
 
 
 class _Overflow:
-    """Values that found the ring full, and the thread that moves them on. Process-local; a forked child starts empty."""
+    """Values that found the ring full, and the thread that moves them on. Of one process: a forked child has none."""
 
     def __init__(self, channel: _Channel, on_error: Any) -> None:
         self.channel = channel
@@ -244,7 +248,7 @@ class Queue:
         try:
             kind, value = _encode(obj)
         except Exception as error:
-            self._on_queue_feeder_error(error, obj)  # as if the feeder had met it: the value is dropped, the queue lives
+            self._on_queue_feeder_error(error, obj)  # as if the feeder had met it: the value is dropped
             return
         self._put(kind, value, obj, _seconds(block, timeout))
 
@@ -284,9 +288,7 @@ class Queue:
         overflow.thread = threading.Thread(target=overflow.feed, name="QueueFeederThread", daemon=True)
         overflow.thread.start()
         if not self._joincancelled:  # at exit, wait until all is in the ring: what put() took is not lost
-            self._jointhread = Finalize(
-                overflow.thread, _join_thread, [weakref.ref(overflow.thread)], exitpriority=-5
-            )
+            self._jointhread = Finalize(overflow.thread, _join_thread, [weakref.ref(overflow.thread)], exitpriority=-5)
         self._close = Finalize(self, _Overflow.close, [overflow], exitpriority=10)
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
@@ -355,7 +357,7 @@ class Queue:
         """Hook of multiprocessing.Queue: obj could not be put. May be overridden."""
         traceback.print_exception(e)
 
-    __class_getitem__ = classmethod(GenericAlias)
+    __class_getitem__: Any = classmethod(GenericAlias)
 
 
 def _join_thread(reference: weakref.ref[threading.Thread]) -> None:
@@ -462,7 +464,7 @@ class SimpleQueue:
         """Leave the queue. Idempotent."""
         self._ring.close()
 
-    __class_getitem__ = classmethod(GenericAlias)
+    __class_getitem__: Any = classmethod(GenericAlias)
 
 
 __all__ = ["Empty", "Full", "JoinableQueue", "Queue", "SimpleQueue"]

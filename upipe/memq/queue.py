@@ -29,7 +29,7 @@ class MemQ(_ring.Ring):
         q.close(); q.unlink()         # this handle and its end of stream; the memory
 
     Args:
-        size: bytes of ring, headers (64 per frame) included; rounded up to a power of two, 4096 at least. Default 4 MiB.
+        size: bytes of ring, headers (64 per frame) included; rounded up to a power of two from 4096. Default 4 MiB.
         policy: what a put does when there is no room: "block" waits; "drop_oldest" drops frames that nobody took yet;
             "latest" keeps only the newest. What is dropped is counted (stats().dropped).
         max_frames: most frames in the ring at a time, 0 = only bytes count.
@@ -38,7 +38,7 @@ class MemQ(_ring.Ring):
         check_crc: False skips the CRC32 of payload and header.
         name: a label for attach(); unique in this process.
 
-    Owner: the process that creates it. Its session, with the segment, goes at its exit, or at the next sweep after kill -9.
+    Owner: the process that creates it. Its session, with the segment, goes at its exit; after kill -9 at a sweep.
     A process that dies holding a frame or a claim is found by pidfd, and its frames are delivered again.
 
     Raises:
@@ -66,7 +66,8 @@ class MemQ(_ring.Ring):
         capacity, total = _ring.segment_bytes(size)
         session = segment.process_session()
         path = session.path / name if name else session.unique("q")
-        options = (0 if allow_pickle else _NO_PICKLE) | (0 if check_crc else _NO_CRC) | (_SUPERVISED if supervised else 0)
+        options = (0 if allow_pickle else _NO_PICKLE) | (0 if check_crc else _NO_CRC)
+        options |= _SUPERVISED if supervised else 0
         handle = segment.create_file(path, total)
         inode = os.fstat(handle).st_ino
         try:

@@ -8,7 +8,8 @@
         ...                      what the runtime spools (code, dead letters, checkpoints)
 
 The process removes its session at exit. After kill -9 the directory stays until the next process of this user sweeps:
-a session is swept only when its process is proven dead and its lock can be had. Live mappings of a swept segment stay valid.
+a session is swept only when its process is proven dead and its lock can be had. Live mappings of a swept segment stay
+valid.
 Rejected: multiprocessing.shared_memory, whose resource tracker unlinks segments that others still use.
 """
 
@@ -57,7 +58,7 @@ def root() -> Path:
 
 
 def start_time(pid: int) -> int | None:
-    """Start of a process in clock ticks after boot; with the pid it names a process for ever. None when there is none."""
+    """Start of a process in clock ticks after boot: with the pid its name for ever. None when there is no process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -287,7 +288,8 @@ def open_file(name: str) -> int:
     if info.st_uid != os.getuid() or info.st_mode & 0o077 or not stat.S_ISREG(info.st_mode):
         os.close(handle)
         raise SegmentRefused(
-            f"{path} must be a file of yours with mode 0600, found owner {info.st_uid} mode {stat.S_IMODE(info.st_mode):04o}"
+            f"{path} must be a file of yours with mode 0600, found owner {info.st_uid} mode "
+            f"{stat.S_IMODE(info.st_mode):04o}"
         )
     return handle
 

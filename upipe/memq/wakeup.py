@@ -279,8 +279,10 @@ def _peer_ended(ring: weakref.ref[Ring], watch: weakref.ref[PeerWatch]) -> None:
 
 
 def _after_fork() -> None:
-    for owner in (*_bells, *_watches):
-        owner.forked()
+    for bell in _bells:
+        bell.forked()
+    for watch in _watches:
+        watch.forked()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -61,6 +61,11 @@ class Hearing:
         """State of the pipe."""
         return self.supervisor.state
 
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the pipe failed; empty when it did not."""
+        return tuple(self.supervisor.reasons)
+
     def _callback(self, method: Callable[..., None]) -> Callable[..., None]:
         return weakly(method, lambda hearing, error: hearing._broke(error))
 

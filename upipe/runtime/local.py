@@ -89,7 +89,7 @@ class LocalRunner(Hearing):
         except BaseException as error:
             self._give_up_start(error)
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                raise PipeFailed(self.spec.name, tuple(self.supervisor.reasons)) from error
+                raise PipeFailed(self.spec.name, self.reasons) from error
             raise
 
     def _hold(self) -> None:
@@ -133,7 +133,7 @@ class LocalRunner(Hearing):
             await self.ended
         if self.state == "failed":
             await self.ended
-            raise PipeFailed(self.spec.name, tuple(self.supervisor.reasons))
+            raise PipeFailed(self.spec.name, self.reasons)
 
     def _give_up_start(self, error: BaseException) -> None:
         event = ev.GaveUp(provision.told(error, self.plan)) if isinstance(error, Exception) else ev.StopPipe()
@@ -271,7 +271,7 @@ class LocalRunner(Hearing):
         finally:
             self.held.release()
             if self.state == "failed":
-                answers.fail_all(self.calls, PipeFailed(self.spec.name, tuple(self.supervisor.reasons)))
+                answers.fail_all(self.calls, PipeFailed(self.spec.name, self.reasons))
             elif self.state == "stopped":
                 answers.fail_all(self.calls, PipeError(f"pipe {self.spec.name!r} was stopped before it answered"))
             if self.ended is not None and not self.ended.done() and not self.loop.is_closed():

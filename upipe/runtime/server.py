@@ -32,7 +32,7 @@ def serve(fd: int, parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)  # it ended before, and that pid is somebody else's
     adopt_orphans()
-    guard = _fork_guard(caller, fd)
+    guard = 0
     sock = socket.socket(fileno=fd)
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
@@ -42,11 +42,13 @@ def serve(fd: int, parent: int) -> None:
     for one in (fd, wake_read, caller):
         poll.register(one, select.POLLIN)
     while True:
-        ready = {number for number, _ in poll.poll()}
+        ready = {number for number, _ in poll.poll(None if guard else 0)}
+        if not ready:  # the first workers run
+            guard = _fork_guard(caller, fd)
         if wake_read in ready:
             os.read(wake_read, 4096)
             if guard in _report(sock, workers):
-                guard = _fork_guard(caller, fd)
+                guard = 0
         if caller in ready or (fd in ready and not _serve_request(sock, workers)):
             break
     for pid in workers:

@@ -54,8 +54,7 @@ class Streams(Transport):
                     await _send_frames(writer, Source(work.size, work.shape), work.n + work.warm)
                 else:
                     await _send_values(writer, work.n + work.warm)
-                while writer.transport.get_write_buffer_size():  # the gate stops the loop
-                    await asyncio.sleep(0.001)
+                await _gone(writer)
 
         self._run(self._listening(send))
         return {}
@@ -93,11 +92,16 @@ class Streams(Transport):
             with gate:
                 for _ in range(work.n + work.warm):
                     writer.write(await reader.readexactly(8))
-                while writer.transport.get_write_buffer_size():
-                    await asyncio.sleep(0.001)
+                await _gone(writer)
 
         self._run(self._connected(trips))
         return {}
+
+
+async def _gone(writer: asyncio.StreamWriter) -> None:
+    """Wait until the loop has sent everything: the gate is about to stop it."""
+    while writer.transport.get_write_buffer_size():  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
 
 
 async def _send_values(writer: asyncio.StreamWriter, n: int) -> None:

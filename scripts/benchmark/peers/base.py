@@ -1,7 +1,7 @@
 """What an adapter gives, and the roles that are the same for all: producer, consumer, pinger, echo.
 
-Every role is a process of its own, forked from the measuring process after `open`. Libraries with threads are started in
-the roles. A transport that has processes of its own (uPipe's pipes, Ray, dora) overrides `run_<kind>`.
+Every role is a process of its own, forked from the measuring process after `open`. Libraries with threads are started
+in the roles. A transport that has processes of its own (uPipe's pipes, Ray, dora) overrides `run_<kind>`.
 """
 
 from __future__ import annotations

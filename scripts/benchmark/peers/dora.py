@@ -1,4 +1,4 @@
-"""dora-rs: a dataflow of two nodes, run by `dora run`; dora_node.py is the nodes' code.
+"""dora-rs: a dataflow of two nodes, run by `dora run`; nodes/dora_node.py is the nodes' code.
 
 Its sender never waits: what the receiver's queue does not hold is dropped (policy drop_oldest), or beyond ten times its
 size (policy backpressure). Losses are counted.
@@ -46,9 +46,11 @@ class Dora(Transport):
         order.write_text(json.dumps({"work": work.to_json(), "into": str(result)}))
         policy = f", queue_policy: {self.options['policy']}" if "policy" in self.options else ""
         flow = folder / "flow.yml"
-        node = Path(__file__).with_name("dora_node.py")
+        node = Path(__file__).parents[1] / "nodes" / "dora_node.py"  # beside dora.py, "import dora" would find that
         flow.write_text(
-            FLOW.format(node=node, slots=min(work.slots, 10_000), policy=policy, first=first, second=second, order=order)
+            FLOW.format(
+                node=node, slots=min(work.slots, 10_000), policy=policy, first=first, second=second, order=order
+            )
         )
         self._run(flow, folder, result)
         found: dict[str, Any] = json.loads(result.read_text())
@@ -59,7 +61,9 @@ class Dora(Transport):
         environment = {**os.environ, "PATH": f"{here}:{os.environ['PATH']}"}
         began = time.monotonic()
         with (folder / "log").open("wb") as log:
-            process = subprocess.Popen([f"{here}/dora", "run", str(flow)], cwd=folder, stdout=log, stderr=log, env=environment)
+            process = subprocess.Popen(
+                [f"{here}/dora", "run", str(flow)], cwd=folder, stdout=log, stderr=log, env=environment
+            )
             while not result.exists() and process.poll() is None and time.monotonic() - began < 40:
                 time.sleep(0.02)
             try:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-
 from benchmark.model import Outcome, Work
 from benchmark.peers.base import Array, Receiver, Sender, Transport, forever
 from benchmark.tally import as_array

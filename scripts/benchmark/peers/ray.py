@@ -1,29 +1,38 @@
 """Ray: shared-memory channels between two actors, calls of an actor, and a compiled graph for the chain.
 
-One ray.init per measuring process (2 CPUs, a small object store, no dashboard). A channel's reader gets a view; the next
-read waits until it is gone.
+One ray.init per measuring process (2 CPUs, a small object store, no dashboard). A channel's reader gets a view; the
+next read waits until it is gone.
 """
 
 from __future__ import annotations
 
 import atexit
+import os
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 
 from benchmark import roles
-from benchmark.model import MIB, Outcome, Unsupported, Work
+from benchmark.model import MIB, Outcome, Work
 from benchmark.peers.base import Transport, forever
 from benchmark.tally import Source, Tally
 
 
 def start_ray() -> None:
     if not ray.is_initialized():
-        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=700 * MIB, log_to_driver=False, logging_level="ERROR",
-                 _temp_dir="/tmp/upipe-bench-ray")
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=700 * MIB,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=tempfile.gettempdir(),
+        )
         atexit.register(ray.shutdown)
 
 
@@ -34,6 +43,9 @@ class End:
     def node(self) -> str:
         found: str = ray.get_runtime_context().get_node_id()
         return found
+
+    def pid(self) -> int:
+        return os.getpid()
 
     def channel(self, reader: Any, node: str, size: int, slots: int) -> Any:
         """A channel that this end writes."""
@@ -83,6 +95,7 @@ class End:
     # ------------------------------------------------------------------ calls
 
     def begin(self, work: Work) -> None:
+        roles.pin(work, 1)
         self.work, self.tally, self.expected = work, Tally(work.n, work.warm), 0
         self.source = Source(work.size, work.shape) if work.frames else None
 
@@ -118,6 +131,7 @@ class End:
         return {"rate": self.tally.rate, "arrived": self.expected, "bad": self.tally.bad}
 
     def ping_calls(self, work: Work, other: Any) -> dict[str, Any]:
+        roles.pin(work, 0)
         reply: list[Any] = []
         return roles.ping(lambda value: reply.append(other.take.remote(value)), lambda: int(ray.get(reply.pop())), work)
 
@@ -132,16 +146,21 @@ class RayBase(Transport):
         start_ray()
         ends = [End.remote() for _ in range(n)]
         self.node = ray.get([one.node.remote() for one in ends])[0]
+        self.pids = ray.get([one.pid.remote() for one in ends])
         return ends
+
+    def _end(self, ends: list[Any]) -> None:
+        """Kill them, and remove the semaphores of their channels: Ray leaves those of a killed actor in /dev/shm."""
+        for end in ends:
+            ray.kill(end)
+        for pid in self.pids:
+            for left in Path("/dev/shm").glob(f"sem.*{pid}-*"):
+                left.unlink(missing_ok=True)
 
     def _outcome(self, work: Work, found: dict[str, float], cpu: float) -> Outcome:
         total = work.n + work.warm
         scale = work.size / 1e9 if work.kind == "frames" else 1.0
         return Outcome(found["rate"] * scale, total, int(found["arrived"]), int(found["bad"]), cpu / total * 1e6)
-
-    def _pinned(self, work: Work) -> None:
-        if work.pins != "free":
-            raise Unsupported("Ray pins nothing")
 
 
 class Channels(RayBase):
@@ -160,8 +179,7 @@ class Channels(RayBase):
             found, cpu = ray.get([reading, writing])
             return self._outcome(work, found, cpu + found["cpu"])
         finally:
-            for end in ends:
-                ray.kill(end)
+            self._end(ends)
 
     run_frames = run_stream
 
@@ -173,8 +191,7 @@ class Channels(RayBase):
             other.echo.remote(work, there, back)
             return roles.percentiles(ray.get(one.ping.remote(work, there, back)), work)
         finally:
-            for end in ends:
-                ray.kill(end)
+            self._end(ends)
 
 
 class Calls(RayBase):
@@ -187,20 +204,17 @@ class Calls(RayBase):
             ray.get(one.call_all.remote(work, other))
             return self._outcome(work, ray.get(other.found.remote()), 0.0)
         finally:
-            for end in ends:
-                ray.kill(end)
+            self._end(ends)
 
     run_frames = run_stream
 
     def run_rtt(self, work: Work) -> Outcome:
-        self._pinned(work)
         one, other = ends = self._ends()
         try:
             ray.get(other.begin.remote(work))
             return roles.percentiles(ray.get(one.ping_calls.remote(work, other)), work)
         finally:
-            for end in ends:
-                ray.kill(end)
+            self._end(ends)
 
     def run_start(self, work: Work) -> Outcome:
         """From nothing: Ray's daemons, two actors, one value."""
@@ -213,8 +227,7 @@ class Calls(RayBase):
         ray.get(other.begin.remote(trip))
         ray.get(one.call_all.remote(trip, other))
         now = time.perf_counter()
-        for end in ends:
-            ray.kill(end)
+        self._end(ends)
         return Outcome((now - before) * 1000, 1, 1, extra={"without init": (now - initialised) * 1000})
 
 

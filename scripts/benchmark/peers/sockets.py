@@ -1,4 +1,4 @@
-"""Stream sockets of the operating system, without a library: a unix socket pair or TCP over loopback, length-prefixed."""
+"""Stream sockets without a library: a unix socket pair, or TCP over loopback; frames have their length before them."""
 
 from __future__ import annotations
 

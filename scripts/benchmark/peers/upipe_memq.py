@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from upipe import MemQ
 
 from benchmark import roles
 from benchmark.model import Work
 from benchmark.peers.base import Array, Receiver, Sender, Transport, forever
 from benchmark.tally import Source, Tally
+from upipe import MemQ
 
 
 class MemqSender(Sender):

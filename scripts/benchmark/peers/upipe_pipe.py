@@ -10,12 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from upipe import DType, MemQ, Pipe, Processor
-
 from benchmark import processes, roles
 from benchmark.model import Outcome, Work
 from benchmark.peers.base import Transport
 from benchmark.tally import Tally
+from upipe import DType, MemQ, Pipe, Processor
 
 
 async def produce(*, config: dict[str, Any]) -> None:
@@ -90,7 +89,11 @@ class Pipes(Transport):
         found = [_told(folder, name) for name in names]
         cpu_seconds = sum(one["cpu"] for one in [*found, _told(folder, "produce")])
         sent = total * work.consumers
-        rate, arrived, bad = min(one["rate"] for one in found), sum(one["arrived"] for one in found), sum(one["bad"] for one in found)
+        rate, arrived, bad = (
+            min(one["rate"] for one in found),
+            sum(one["arrived"] for one in found),
+            sum(one["bad"] for one in found),
+        )
         return Outcome(rate, sent, arrived, bad, cpu_seconds / sent * 1e6)
 
     def run_rtt(self, work: Work) -> Outcome:
@@ -140,11 +143,13 @@ class Pipes(Transport):
         queues = [MemQ(65536) for _ in range(4 * work.count)]
         waiting = [asyncio.ensure_future(queue.aget()) for queue in queues]
         await asyncio.sleep(1.0)
-        began = time.process_time()
-        before = processes.tree_seconds(os.getpid())
-        looking = time.process_time() - began  # one look is inside what is measured
+        alive = len(processes.descendants(os.getpid()))
+        assert alive >= work.count, f"only {alive} processes wait"
+        before = processes.tree_seconds(os.getpid(), os.getpid())
+        mine = time.process_time()  # after that look and before the next: this process waits, too
         await asyncio.sleep(work.pause)
-        used = max(0.0, processes.tree_seconds(os.getpid()) - before - looking)
+        mine = time.process_time() - mine
+        used = processes.tree_seconds(os.getpid(), os.getpid()) - before + mine
         for one in waiting:
             one.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)

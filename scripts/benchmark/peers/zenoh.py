@@ -1,4 +1,4 @@
-"""zenoh: publish and subscribe between two peers over tcp on loopback, with or without shared memory; blocking on congestion."""
+"""zenoh: publish and subscribe between two peers over tcp on loopback, with or without shared memory; it blocks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ class Zenoh(Transport):
 
     def receiver(self, work: Work, channel: int = 0) -> Receiver:
         session = self._session(channel, listen=True)
-        subscriber = session.declare_subscriber(f"bench/{channel}", zenoh.handlers.FifoChannel(max(2, min(65536, work.slots))))
+        subscriber = session.declare_subscriber(
+            f"bench/{channel}", zenoh.handlers.FifoChannel(max(2, min(65536, work.slots)))
+        )
         return ZenohReceiver(session, subscriber)
 
 

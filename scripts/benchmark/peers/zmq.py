@@ -1,4 +1,4 @@
-"""pyzmq: PUSH and PULL over ipc or tcp; PUB and SUB for fan-out (it drops at the high-water mark, and that is counted)."""
+"""pyzmq: PUSH and PULL over ipc or tcp; PUB and SUB for fan-out, which drops at the high-water mark, counted."""
 
 from __future__ import annotations
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from dora import Node
-
 from benchmark import roles
 from benchmark.model import Work
 from benchmark.tally import PATIENCE, Source, Tally
+from dora import Node
 
 
 def values(node: Any) -> Iterator[int]:
@@ -44,7 +43,7 @@ def produce(node: Any, work: Work) -> dict[str, Any] | None:
     if work.frames:
         source = Source(work.size, work.shape)
         for number in range(total):
-            node.send_output("there", pa.array(source.stamp(number).reshape(-1)))
+            node.send_output("there", pa.array(source.stamp(number).reshape(-1).copy()))
     else:
         for value in range(total):
             node.send_output("there", pa.array((value,), pa.uint64()))

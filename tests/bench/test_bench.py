@@ -1,0 +1,254 @@
+"""The benchmark's own machinery: what it counts, what it compares with, and that it ends what it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from benchmark import cases, limits, processes, render, run, schedule, stats, targets  # noqa: E402
+from benchmark.model import Outcome, Work  # noqa: E402
+from benchmark.peers import PEERS, Peer, find  # noqa: E402
+from benchmark.tally import Source, Tally  # noqa: E402
+
+SMALL = next(case for case in cases.CASES if case.name == "small")
+OURS = Peer("upipe.put", "x:Y", own=True)
+
+
+def table(case: cases.Case, *rows: tuple[Peer, Sequence[Outcome]]) -> stats.Table:
+    return stats.Table(case, [stats.Row(peer, list(outcomes)) for peer, outcomes in rows])
+
+
+def ok(value: float, lost: int = 0) -> Outcome:
+    return Outcome(value, 100, 100 - lost)
+
+
+# --- cases -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_case_gives_every_peer_work() -> None:
+    for case in cases.CASES:
+        peers = case.peers()
+        assert peers, case.name
+        for peer in peers:
+            for seconds in case.seconds:
+                work = case.work(peer, seconds)
+                assert Work.from_json(json.loads(json.dumps(work.to_json()))) == work
+                assert work.ring >= work.size or work.kind == "idle"
+
+
+def test_names_are_unique_and_selectable() -> None:
+    assert len({case.name for case in cases.CASES}) == len(cases.CASES)
+    assert len({peer.name for peer in PEERS}) == len(PEERS)
+    assert {one.name for one in cases.select(["frames"], True)} >= {"frames-1m-copy", "frames-1080p-view"}
+    assert len(cases.select([], True)) < len(cases.select([], False)) == len(cases.CASES)
+    with pytest.raises(ValueError, match="no case 'nonsense'"):
+        cases.select(["nonsense"], False)
+
+
+def test_rings_of_all_have_the_same_bytes() -> None:
+    for case in cases.CASES:
+        assert len({case.work(peer, 0.1).ring for peer in case.peers()}) == 1
+
+
+def test_without_crc_rows_have_their_row() -> None:
+    for peer in PEERS:
+        if peer.without_crc:
+            assert set(peer.kinds) <= set(find(peer.without_crc).kinds)
+
+
+def test_targets_name_what_exists() -> None:
+    names = {case.name for case in cases.CASES}
+    for target in targets.TARGETS:
+        assert target.case in names
+        assert target.row in {peer.name for peer in PEERS}
+
+
+# --- counting --------------------------------------------------------------------------------------------------------
+
+
+def silent(values: Sequence[int]) -> Iterator[int]:
+    yield from values
+    raise TimeoutError
+
+
+@pytest.mark.parametrize(
+    ("values", "arrived", "bad"),
+    [
+        (list(range(10)), 10, 0),
+        ([0, 1, 2, 5, 6, 7, 8, 9], 8, 0),
+        ([1], 1, 0),
+        ([], 0, 0),
+        ([0], 1, 0),
+        ([0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9], 11, 1),
+        ([0, 2, 1, 3, 4, 5, 6, 7, 8, 9], 10, 1),
+        ([0, 1, 2, 3, 4, 5, 6, 7], 8, 0),
+    ],
+)
+def test_tally_of_values(values: list[int], arrived: int, bad: int) -> None:
+    tally = Tally(8, 2)
+    tally.values(silent(values))
+    assert (tally.arrived, tally.bad) == (arrived, bad)
+
+
+def test_tally_of_batches() -> None:
+    tally = Tally(8, 2)
+    tally.batches([np.arange(4, dtype=np.uint64), [4, 5, 7], [7, 8, 9]])
+    assert (tally.arrived, tally.bad) == (10, 1)
+
+
+def test_tally_of_frames_reads_every_byte() -> None:
+    source = Source(4096, (4096,))
+    frames = [source.stamp(number).copy() for number in range(6)]
+    frames[3][2000] ^= 1
+    tally = Tally(4, 2)
+    tally.frames(iter(frames), source, touch=False, copy=True)
+    assert (tally.arrived, tally.bad) == (6, 1)
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def test_lossy_and_failed_peers_are_shown_and_never_best() -> None:
+    lossy, failed, slow = (replace(find("mp.Queue"), name=name) for name in ("lossy", "failed", "slow"))
+    shown = table(
+        SMALL,
+        (OURS, [ok(40), ok(60), ok(50)]),
+        (lossy, [ok(1000), ok(1000, lost=1)]),
+        (failed, [Outcome(error="failed: no end within 1 s")]),
+        (slow, [ok(10), ok(12), ok(8)]),
+    )
+    best = shown.best()
+    assert best is not None and best.peer.name == "slow"
+    found = stats.to_json(shown)
+    rows = {row["peer"]: row for row in found["rows"]}
+    assert rows["lossy"]["status"] == "lossy" and rows["lossy"]["lost"] == 1 and rows["lossy"]["median"] == 1000
+    assert rows["failed"]["status"] == "failed: no end within 1 s" and rows["failed"]["median"] is None
+    assert rows["upipe.put"]["to_best_peer"] == 5.0
+    assert (rows["upipe.put"]["min"], rows["upipe.put"]["max"]) == (40, 60)
+    text = _text(shown)
+    assert "1 of 200" in text and "no end within 1 s" in text and "slow *" in text
+
+
+def _text(shown: stats.Table) -> str:
+    from rich.console import Console
+
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(render.grid(shown))
+    return capture.get()
+
+
+def test_times_are_best_when_small() -> None:
+    case = next(case for case in cases.CASES if case.name == "rtt")
+    one, other = (replace(find("mp.Queue"), name=name) for name in ("one", "other"))
+    best = table(case, (one, [ok(5)]), (other, [ok(7)])).best()
+    assert best is not None and best.peer.name == "one"
+
+
+def test_targets_are_judged_on_ratios() -> None:
+    peer = find("mp.Queue")
+    met = targets.judge([table(SMALL, (OURS, [ok(400)]), (peer, [ok(100)]))])[0]
+    missed = targets.judge([table(SMALL, (OURS, [ok(300)]), (peer, [ok(100)]))])[0]
+    assert (met.verdict, met.factor) == ("met", 1.0)
+    assert (missed.verdict, missed.factor) == ("missed", 0.75)
+    lossy = targets.judge([table(SMALL, (OURS, [ok(900, lost=1)]), (peer, [ok(100)]))])[0]
+    assert lossy.verdict == "not measured"
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def test_rounds_are_interleaved_and_everything_runs_once() -> None:
+    asked: list[tuple[str, str]] = []
+
+    def pretend(peer: Peer, works: Sequence[Work], timeout: float) -> list[Outcome]:
+        asked.extend((work.case, peer.name) for work in works)
+        return [ok(1.0) for _ in works]
+
+    some = cases.select(["small", "rtt"], True)
+    found = schedule.run(some, ["mp", "upipe.put"], True, 1e9, pretend)
+    first = asked[: len(set(asked))]
+    assert len(set(first)) == len(first), "a round ends before the next begins"
+    assert {row.peer.name for row in found[0].rows} == {
+        "upipe.put",
+        "upipe.put~",
+        "mp.Queue",
+        "mp.SimpleQueue",
+        "mp.Pipe",
+        "mp.Pipe.duplex",
+    }
+    asked.clear()
+    schedule.run(some, ["mp"], True, 0.0, pretend)
+    assert len(set(asked)) == len(asked), "out of time: one round, and it is whole"
+
+
+def _measure(adapter: str, work: Work, timeout: float = 10, **more: Any) -> Outcome:
+    return run.measure(Peer("x", adapter, **more), [work], timeout)[0]
+
+
+@pytest.mark.slow
+def test_a_real_stream_of_multiprocessing_and_upipe() -> None:
+    work = Work("small", "stream", n=5000, warm=100)
+    for adapter in ("mp:Queue", "upipe_memq:Memq", "upipe_memq:MemqMany"):
+        outcome = _measure(adapter, work)
+        assert outcome.clean, outcome
+        assert outcome.value > 1000 and outcome.cpu > 0
+        assert outcome.expected == outcome.arrived == 5100
+
+
+@pytest.mark.slow
+def test_real_frames_round_trips_and_many_to_many_of_upipe() -> None:
+    frames = Work("f", "frames", n=20, warm=4, size=65536, shape=(65536,), ring=1 << 20)
+    for adapter in ("upipe_memq:Memq", "upipe_memq:MemqViews", "mp:Pipe"):
+        assert _measure(adapter, frames).clean
+    trips = _measure("upipe_memq:Memq", Work("r", "rtt", n=200, warm=10))
+    assert trips.clean and 0 < trips.value <= trips.extra["p99"]
+    many = _measure("upipe_memq:Memq", Work("m", "mpmc", n=4000, producers=2, consumers=2))
+    assert many.clean and many.expected == 4000
+    assert _measure("upipe_pipe:Pipes", Work("small", "stream", n=2000, warm=100)).clean
+
+
+@pytest.mark.slow
+def test_absent_failing_and_hanging_peers_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = _measure("mp:Queue", Work("s", "stream"), requires=(("surely_not_here", "surely-not-here"),))
+    assert absent.error == "absent: surely-not-here is not installed"
+    assert "no_such_adapter" in _measure("no_such_adapter:X", Work("s", "stream")).error
+    assert _measure("mp:Queue", Work("s", "start")).error.startswith("unsupported")
+    began = time.monotonic()
+    hung = _measure("mp:Queue", Work("s", "idle", n=0, pause=60.0), timeout=1.0)
+    assert hung.error == "failed: no end within 1 s"
+    assert time.monotonic() - began < 6
+
+
+@pytest.mark.slow
+def test_descendants_are_ended() -> None:
+    code = (
+        "import subprocess, sys, time; sys.path.insert(0, 'scripts')\n"
+        "from benchmark import processes; processes.adopt_orphans()\n"
+        "subprocess.run(['sh', '-c', 'setsid sleep 60 & setsid sleep 60 &'])\n"
+        "import os; assert len(processes.descendants(os.getpid())) == 2\n"
+        "assert processes.end_descendants() >= 2 and not processes.descendants(os.getpid())\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=20)
+    me = os.getpid()
+    assert processes.tree_seconds(me) > 0 and processes.tree_seconds(me, me) < processes.tree_seconds(me)
+
+
+@pytest.mark.slow
+def test_limits_are_measured() -> None:
+    found = limits.measure(["futex-one"], quick=True)
+    assert set(found) == {"futex-one", "futex-busy-one"}
+    assert all(0.5 < value < 5000 for value in found.values())
