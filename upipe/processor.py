@@ -251,7 +251,8 @@ class Processor:
     def frame(self) -> DataFrame | None:
         """The frame in hand with its header (position, deliveries, execution, timestamp), None when there is none."""
         ring = self._joined.inputs.held
-        return None if ring is None else DataFrame.unpack(ring.raw(ring.holding), lazy=True)
+        position = ring.holding if ring is not None else None
+        return None if ring is None or position is None else DataFrame.unpack(ring.raw(position), lazy=True)
 
     @property
     def emitted(self) -> int:

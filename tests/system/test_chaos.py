@@ -147,8 +147,8 @@ async def test_kills_during_drain() -> None:
 async def test_the_fork_server_is_killed(method: str) -> None:
     pipe = Pipe("server", settings=settings(method))
     pipe.chain(
-        Processor("read", jobs.reader(3000), resume=True),
-        Processor("check", jobs.check, workers=2),
+        Processor("read", jobs.reader(300), resume=True),
+        Processor("check", jobs.check_slowly, workers=2),
         Processor("number", jobs.to_number),
     )
     await pipe.start()
@@ -164,7 +164,7 @@ async def test_the_fork_server_is_killed(method: str) -> None:
         await auntil(lambda: len(worker_pids(runner)) == 4 or pipe.state != "running", 10)
     found = await asyncio.wait_for(ledger, 30)
     report = await pipe.wait_for_completion(10)
-    assert set(found) == set(range(3000))
+    assert set(found) == set(range(300))
     assert report.balanced
     assert all(one.restarts >= 1 for one in report.processors)
 

@@ -185,17 +185,20 @@ def decode_to_server(data: bytes) -> ToServer:
 
 def decode_from_server(data: bytes) -> FromServer:
     """Read a message of the fork server."""
-    return _from_server.decode(data)
+    message: FromServer = _from_server.decode(data)
+    return message
 
 
 def decode_to_worker(data: bytes) -> ToWorker:
     """Read a message of the supervisor to a worker."""
-    return _to_worker.decode(data)
+    message: ToWorker = _to_worker.decode(data)
+    return message
 
 
 def decode_from_worker(data: bytes) -> FromWorker:
     """Read a message of a worker."""
-    return _from_worker.decode(data)
+    message: FromWorker = _from_worker.decode(data)
+    return message
 
 
 def pair() -> tuple[socket.socket, socket.socket]:

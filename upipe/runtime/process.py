@@ -38,7 +38,7 @@ MOST_ASKED = 64
 blocks."""
 CLOSE_PATIENCE = 2.0
 """Seconds the server has to end itself and its workers before it is killed."""
-_FORK_HOSTILE = ("torch", "tensorflow", "jax", "grpc", "ray", "uvloop")
+_FORK_HOSTILE = ("torch", "tensorflow", "jax", "grpc", "ray")
 """Modules whose native threads or device contexts do not survive a fork of the caller."""
 _CODE = "import sys; sys.path[:0] = {path!r}; from upipe.runtime.server import serve; serve({fd}, {parent})"
 

@@ -22,6 +22,10 @@ from upipe.runtime.messages import Exited, Paused, Raised, Refused, Spawn, Spawn
 from upipe.runtime.osproc import adopt_orphans, die_with_parent, kill_group, kill_session, reap, wait_dead
 
 
+_own: list[int] = []
+"""Descriptors of the server that a worker shall not keep, beside the socket."""
+
+
 def serve(fd: int, parent: int) -> None:
     """The server's life: fork on request, report deaths, end with the caller, which is process `parent`."""
     _become_quiet(fd)
@@ -37,6 +41,7 @@ def serve(fd: int, parent: int) -> None:
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    _own.extend((caller, wake_read, wake_write))
     workers: dict[int, str] = {}
     poll = select.poll()
     for one in (fd, wake_read, caller):
@@ -112,11 +117,13 @@ def _become_quiet(keep: int) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     segment.forked_session()
-    os.closerange(3, keep)
-    os.closerange(keep + 1, 1 << 20)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
-    os.close(null)
+    for fd in [int(name) for name in os.listdir("/proc/self/fd")]:
+        if fd > 2 and fd not in (keep, null):
+            # Replaced, not closed: libuv remembers the numbers of its signal pipe and closes them at every later fork,
+            # whoever has them then (uvloop in the caller).
+            os.dup2(null, fd, inheritable=False)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
@@ -201,9 +208,8 @@ def _run_worker(request: Spawn, fd: int, server: socket.socket) -> NoReturn:
         die_with_parent(parent)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        server.detach()
-        os.closerange(3, fd)
-        os.closerange(fd + 1, 1 << 20)
+        for own in (server.detach(), *_own):
+            os.close(own)
         if request.command:
             os.set_inheritable(fd, True)
             environment = {**os.environ, **request.environment, "UPIPE_WORKER_FD": str(fd)}

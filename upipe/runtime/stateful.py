@@ -89,7 +89,9 @@ class Stateful:
         ring = self.worker.inputs.held
         if not self.saving or ring is None:
             return
-        self.covered.append((ring, ring.detach_held()))
+        position = ring.detach_held()
+        if position is not None:
+            self.covered.append((ring, position))
         held = len(self.covered)
         if held >= self.worker.assignment.checkpoint_every or (held % LOOK_EVERY == 0 and _crowded(ring)):
             self._save()

@@ -287,9 +287,10 @@ class Worker:
         """Processing the frame in hand raised: give it back, bury it, or fail the pipe. Without a frame: raise it."""
         self._pause()
         ring = self.inputs.held
-        if ring is None:
+        position = ring.holding if ring is not None else None
+        if ring is None or position is None:
             raise error
-        position, deliveries = ring.holding, ring.header()[1]
+        deliveries = ring.header()[1]
         what, told = self.assignment, describe(error)
         decided = verdict(what.on_error, deliveries, what.max_deliveries, unreadable)
         self.say(Raised("frame", told.kind, told.message, told.traceback, decided == "fail"))
