@@ -21,7 +21,6 @@ from upipe.runtime import messages
 from upipe.runtime.messages import Exited, Paused, Raised, Refused, Spawn, Spawned
 from upipe.runtime.osproc import adopt_orphans, die_with_parent, kill_group, kill_session, reap, wait_dead
 
-
 _own: list[int] = []
 """Descriptors of the server that a worker shall not keep, beside the socket."""
 
@@ -137,6 +136,7 @@ def _serve_request(sock: socket.socket, workers: dict[int, str]) -> bool:
     if not data:
         return False
     request = messages.decode_to_server(data)
+    me = os.getpid()  # a worker that asked for its parent after our death would take the adopter for it, and stay
     try:
         pid = os.fork()
     except OSError as error:  # too many processes
@@ -144,7 +144,7 @@ def _serve_request(sock: socket.socket, workers: dict[int, str]) -> bool:
         _send(sock, Refused(request.worker, f"fork: {error.strerror}"), [])
         return True
     if pid == 0:
-        _run_worker(request, fds[0], sock)
+        _run_worker(request, fds[0], sock, me)
     try:
         os.setpgid(pid, pid)
     except (PermissionError, ProcessLookupError):
@@ -199,9 +199,8 @@ def _report(sock: socket.socket, workers: dict[int, str]) -> list[int]:
         _send(sock, Exited(name, pid, os.waitstatus_to_exitcode(status), cpu), [])
 
 
-def _run_worker(request: Spawn, fd: int, server: socket.socket) -> NoReturn:
+def _run_worker(request: Spawn, fd: int, server: socket.socket, parent: int) -> NoReturn:
     """In the forked worker: until it exits."""
-    parent = os.getppid()
     code = 1
     try:
         os.setpgid(0, 0)
