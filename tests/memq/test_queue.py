@@ -1292,3 +1292,38 @@ def test_interrupted_ends_waits_as_if_their_time_were_over(queue):
     q.interrupted = True
     q.bell(0).ring_self()
     assert t.result() == (False, None)
+
+
+@pytest.mark.parametrize("policy", ["drop_oldest", "latest"])
+@pytest.mark.parametrize("make", [lambda n: n, lambda n: f"{n:0100d}", lambda n: np.full(100, n)], ids=["int", "str", "array"])
+def test_while_a_held_frame_pins_the_ring_the_newest_value_takes_the_place_of_the_newest_waiting(queue, policy, make):
+    q = queue(4096, policy=policy)
+    q.put(make(0))
+    assert np.array_equal(q.take(), make(0))
+    for number in range(1, 200):
+        q.put(make(number))
+    q.finish()
+    left = []
+    while not q.empty():
+        left.append(q.get())
+    assert np.array_equal(left[-1], make(199))
+    assert policy == "drop_oldest" or len(left) == 1
+    stats = q.stats()
+    assert stats.balanced
+    assert stats.emitted == 200
+    assert stats.finished == 1 + len(left)
+
+
+def test_a_shorter_frame_in_the_place_of_a_longer_one_is_delivered_whole(queue):
+    q = queue(4096, policy="latest")
+    q.put(b"a" * 2000)
+    q.take()
+    q.put(b"b" * 1500)
+    q.put(b"c" * 30)
+    q.put(7)
+    q.finish()
+    assert q.get() == 7
+    assert q.empty()
+    assert q.stats().balanced
+    q.put(b"d" * 4000)
+    assert q.get() == b"d" * 4000

@@ -329,7 +329,7 @@ from upipe.errors import QueueError
 def same(value):
     return value
 async def main():
-    for limit in range(len(os.listdir("/proc/self/fd")), 60):
+    for limit in [*range(len(os.listdir("/proc/self/fd")), 40), 45, 50, 55, 59]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, 4096))
         pipe = Pipe("p", settings=Settings(start_method=sys.argv[1], start_deadline=10.0))
         pipe.chain(*[Processor(f"p{number}", same, workers=3) for number in range(3)])

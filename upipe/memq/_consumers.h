@@ -212,4 +212,24 @@ static void up_drop(up_ring *r, uint64_t need, int all) {
     }
 }
 
+/* A drop policy found no room because a held frame pins tail: the newcomer takes the place of the newest frame that nobody
+ * took, which counts as dropped. Both locks are held, producer_lock first. UP_OK: *pos is claimed, as by up_claim.
+ * A frame may be shorter than its place. A crash before the count leaves the old frame as padding, never emitted. */
+static int up_replace(up_ring *r, uint64_t need, uint64_t *pos) {
+    up_control *c = r->c;
+    uint64_t head = up_refresh_head(r), last = UP_LD(&c->last), at, span;
+    if (last >= head || last < UP_LD(&c->next)) return UP_FULL;
+    uint64_t *state = up_state_at(r, last), word = UP_LDA(state);
+    if (up_kind(word) != UP_COMMITTED || last + up_span(word) != head || need > up_span(word)) return UP_FULL;
+    while (c->policy == UP_POLICY_LATEST && up_peek(r, &at, &span) == UP_OK && at != last) {
+        UP_ST(up_state_at(r, at), up_word(UP_DROPPED, 0, span));
+        UP_STR(&c->next, at + span);
+        up_advance(r);
+    }
+    UP_STR(state, up_word(UP_CLAIMED, r->slot, up_span(word)));
+    up_count_refused(r);
+    *pos = last;
+    return UP_OK;
+}
+
 #endif

@@ -31,8 +31,8 @@ cdef _fan_send(tuple rings, value, int dtype, uint64_t execution, tuple keys, in
     cdef uint32_t crc
     cdef uint64_t pos[64]
     cdef list parts, chosen = list(rings), refused = []
-    if len(chosen) > 64:
-        raise ValueError(f"one emit reaches at most 64 queues, not {len(chosen)}")
+    if len(chosen) > 63:  # the last place is for queues where the newcomer replaces a frame
+        raise ValueError(f"one emit reaches at most 63 queues, not {len(chosen)}")
     ring = chosen[0]
     parts = _encode(value, dtype, &o, ring.allow_pickle)
     for ring in chosen:
@@ -43,7 +43,7 @@ cdef _fan_send(tuple rings, value, int dtype, uint64_t execution, tuple keys, in
     for ring in chosen:
         ring._fits(need)
         if ring.r.c.policy == UP_POLICY_LATEST:
-            ring._drop(need, 1)
+            ring._clear(need)
     while True:
         locked, full = 0, -1
         try:
@@ -80,9 +80,16 @@ cdef _fan_send(tuple rings, value, int dtype, uint64_t execution, tuple keys, in
             if not chosen:
                 break
     for ring in refused:
-        ring._lock(ring.r.c.producer_lock)
-        up_count_refused(&ring.r)
-        up_unlock(ring.r.c.producer_lock)
+        if ring.r.c.policy == UP_POLICY_DISCARD or not ring._replace(need, &pos[63]):
+            ring._count_refused()
+            continue
+        try:
+            ring._copy_in(pos[63], &o, parts, &crc)
+        except BaseException:
+            ring._abort(pos[63])
+            raise
+        up_commit(&ring.r, pos[63], &o.m, crc)
+        up_wake_consumers(&ring.r, 1)
     for i in range(len(chosen)):
         ring = chosen[i]
         if not o.m.flags & UP_FLAG_INLINE:

@@ -6,7 +6,7 @@
 #define UP_MAGIC 0x00514d4550495075ull
 #define UP_VERSION 1
 #define UP_FRAME_MAGIC 0x5055
-#define UP_FINGERPRINT 0xb787565fu
+#define UP_FINGERPRINT 0x1244707au
 #define UP_GRANULE 64
 #define UP_CONTROL_BYTES 4096
 #define UP_SLOTS 512
@@ -133,7 +133,8 @@ typedef struct up_control {
     uint64_t producer_lock[8]; /* robust mutex of the producers' end */
     uint64_t head; /* position after the last claimed frame | selector of head_books */
     uint64_t cached_tail; /* producers' copy of tail; guarded by producer_lock */
-    uint8_t pad1_[48];
+    uint64_t last; /* position of the newest frame; a hint, guarded by producer_lock */
+    uint8_t pad1_[40];
     up_books head_books[2]; /* claimed frames and bytes, refused frames; the selected one is true */
     uint64_t consumer_lock[8]; /* robust mutex of the consumers' end */
     uint64_t next; /* position of the next frame to be taken; guarded by consumer_lock */
@@ -169,6 +170,7 @@ _Static_assert(offsetof(up_control, registry_lock) == 128, "up_control.registry_
 _Static_assert(offsetof(up_control, producer_lock) == 192, "up_control.producer_lock");
 _Static_assert(offsetof(up_control, head) == 256, "up_control.head");
 _Static_assert(offsetof(up_control, cached_tail) == 264, "up_control.cached_tail");
+_Static_assert(offsetof(up_control, last) == 272, "up_control.last");
 _Static_assert(offsetof(up_control, head_books) == 320, "up_control.head_books");
 _Static_assert(offsetof(up_control, consumer_lock) == 448, "up_control.consumer_lock");
 _Static_assert(offsetof(up_control, next) == 512, "up_control.next");

@@ -658,6 +658,9 @@ cdef class Ring:
         cdef uint8_t *to = up_payload(&self.r, pos)
         cdef uint64_t left = o.m.size
         cdef Py_buffer view
+        crc[0] = 0
+        if o.m.flags & UP_FLAG_INLINE:
+            return 0
         cdef bint check = not (self.r.c.options & UP_OPT_NO_CRC)
         cdef uint32_t c = 0
         if parts is None:
@@ -697,7 +700,7 @@ cdef class Ring:
         cdef int rc
         self._fits(need)
         if self.r.c.policy == UP_POLICY_LATEST:
-            self._drop(need, 1)
+            self._clear(need)
         elif self.r.c.policy == UP_POLICY_DISCARD:
             return self._full(need)
         self._lock(self.r.c.producer_lock)
@@ -711,7 +714,14 @@ cdef class Ring:
             pos = up_claim(&self.r, need, o.m.size)
         up_unlock(self.r.c.producer_lock)
         if rc != UP_OK:
-            return UP_AGAIN if self._skip_padding() else self._full(need)
+            if self._skip_padding():
+                return UP_AGAIN
+            rc = self._full(need, False)
+            if rc != UP_REFUSED:
+                return rc
+            if not self._replace(need, &pos):
+                self._count_refused()
+                return rc
         try:
             self._copy_in(pos, o, parts, &crc)
         except BaseException:
@@ -741,6 +751,34 @@ cdef class Ring:
         before = UP_LD(&self.r.c.tail)
         up_drop(&self.r, need, all_)
         self._unlock_consumers(before)
+        return 0
+
+    cdef int _clear(self, uint64_t need) except -1:
+        """Only the newest counts: drop what waits, unless the newcomer has no room and must take the newest one's place."""
+        cdef int rc
+        self._lock(self.r.c.producer_lock)
+        rc = up_room(&self.r, need, 1)
+        up_unlock(self.r.c.producer_lock)
+        return self._drop(need, 1) if rc == UP_OK else 0
+
+    cdef bint _replace(self, uint64_t need, uint64_t *pos) except -1:
+        """Claim the place of the newest frame that nobody took, which counts as dropped; see up_replace."""
+        cdef int rc
+        cdef uint64_t before
+        self._lock(self.r.c.producer_lock)
+        try:
+            self._lock(self.r.c.consumer_lock)
+            before = UP_LD(&self.r.c.tail)
+            rc = up_replace(&self.r, need, pos)
+            self._unlock_consumers(before)
+        finally:
+            up_unlock(self.r.c.producer_lock)
+        return rc == UP_OK
+
+    cdef int _count_refused(self) except -1:
+        self._lock(self.r.c.producer_lock)
+        up_count_refused(&self.r)
+        up_unlock(self.r.c.producer_lock)
         return 0
 
     cdef bint _skip_padding(self) except -1:
@@ -1003,7 +1041,7 @@ cdef class Ring:
     cdef int _checked(self, up_frame *f, uint64_t pos) except -1:
         """Header sane and the frame inside its span? Raises FrameCorrupt otherwise."""
         cdef uint64_t span = up_span(UP_LD(up_state_at(&self.r, pos)))
-        if f.magic != UP_FRAME_MAGIC or f.version != UP_VERSION or f.size > span or up_need(f.size, f.flags) != span:
+        if f.magic != UP_FRAME_MAGIC or f.version != UP_VERSION or f.size > span or up_need(f.size, f.flags) > span:
             self._corrupt(pos)
         return 0
 
@@ -1366,7 +1404,7 @@ cdef class Ring:
         self._fits(need)
         _waiting(&w, 1, need, timeout)
         if self.r.c.policy == UP_POLICY_LATEST:
-            self._drop(need, 1)
+            self._clear(need)
         try:
             while True:
                 self._lock(self.r.c.producer_lock)
@@ -1378,6 +1416,8 @@ cdef class Ring:
                 if self._skip_padding() or (
                         self.r.c.policy != UP_POLICY_BLOCK and self._full(need, False) == UP_AGAIN):
                     continue
+                if self.r.c.policy not in (UP_POLICY_BLOCK, UP_POLICY_DISCARD) and self._replace(need, &pos):
+                    return pos
                 if not self._again(&w):
                     raise _queue.Full
         finally:

@@ -75,6 +75,7 @@ CONTROL = (
     Field(192, "uint64_t", "producer_lock", 8, "robust mutex of the producers' end"),
     Field(256, "uint64_t", "head", 0, "position after the last claimed frame | selector of head_books"),
     Field(264, "uint64_t", "cached_tail", 0, "producers' copy of tail; guarded by producer_lock"),
+    Field(272, "uint64_t", "last", 0, "position of the newest frame; a hint, guarded by producer_lock"),
     Field(320, "up_books", "head_books", 2, "claimed frames and bytes, refused frames; the selected one is true"),
     Field(448, "uint64_t", "consumer_lock", 8, "robust mutex of the consumers' end"),
     Field(512, "uint64_t", "next", 0, "position of the next frame to be taken; guarded by consumer_lock"),
