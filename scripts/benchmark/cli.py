@@ -55,6 +55,11 @@ def main(
     verdicts = targets.judge(tables)
     console = Console(width=None if sys.stdout.isatty() else 150)
     render.show(tables, about, verdicts, console)
+    about["load_end"], about["rebuilt"] = os.getloadavg()[0], machine.build() != about["build"]
+    if about["rebuilt"]:
+        console.print(
+            "\nuPipe's native module was rebuilt during the run: its rows mix two builds. Run again.", style="bold red"
+        )
     console.print(f"\n{time.monotonic() - started:.0f} s, load now {os.getloadavg()[0]:.2f}", highlight=False)
     if into is not None:
         data = {

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
-from benchmark.stats import Table, ratio
+from benchmark.stats import Row, Table
+
+ENOUGH = 3
+"""Repeats below which no target is called met or missed."""
 
 
 @dataclass(frozen=True)
@@ -96,29 +100,40 @@ def judge(tables: Sequence[Table]) -> list[Verdict]:
 
 def _judge(target: Target, table: Table) -> Verdict:
     row = table.row(target.row)
-    mine = row.median if row is not None and target.measure == "median" else row.cpu if row is not None else None
+    mine = _values(row, target) if row is not None and not row.lost and not row.bad else []
     sign = "≤" if target.most else "≥"
-    if target.absolute:
-        wanted, against, reached = f"{sign} {target.factor:g} {target.absolute}", "", mine
-    else:
-        against, value = _against(target, table)
-        wanted, reached = f"{sign} {target.factor:g} ×", ratio(mine, value)
-    if row is not None and (row.lost or row.bad):
-        reached = None  # a lossy row reaches nothing
-    if reached is None:
-        return Verdict(target.what, wanted, "–", against, "not measured", None)
-    reached = max(reached, 1e-9)
+    against, theirs = ("", [1.0] * ENOUGH) if target.absolute else _against(target, table)
+    wanted = f"{sign} {target.factor:g} {target.absolute or '×'}"
+    if not mine or not theirs:
+        return Verdict(target.what, wanted, "–", against or "no such peer here", "not measured", None)
+    reached = max(median(mine) / median(theirs), 1e-9)
     factor = target.factor / reached if target.most else reached / target.factor
-    return Verdict(target.what, wanted, f"{reached:.3g}", against, "met" if factor >= 1 else "missed", factor)
+    verdict = "met" if factor >= 1 else "missed"
+    return Verdict(target.what, wanted, f"{reached:.3g}", against, _sure(verdict, target, mine, theirs), factor)
 
 
-def _against(target: Target, table: Table) -> tuple[str, float | None]:
+def _sure(verdict: str, target: Target, mine: list[float], theirs: list[float]) -> str:
+    """The verdict, unless there are too few repeats or their spread holds both answers."""
+    runs = min(len(mine), len(theirs))
+    if runs < ENOUGH:
+        return f"unclear: {runs} of {ENOUGH} runs ({verdict})"
+    low, high = min(mine) / max(theirs), max(mine) / min(theirs)
+    if low < target.factor < high:
+        return f"unclear: {low:.3g} to {high:.3g} ({verdict})"
+    return verdict
+
+
+def _values(row: Row, target: Target) -> list[float]:
+    return row.values if target.measure == "median" else [one.cpu for one in row.good if one.cpu]
+
+
+def _against(target: Target, table: Table) -> tuple[str, list[float]]:
     if target.limit:
-        return f"C {target.limit}", table.limits.get(target.limit)
-    value: Callable[[Any], float | None] = lambda row: row.median if target.measure == "median" else row.cpu  # noqa: E731
+        value = table.limits.get(target.limit)
+        return f"C {target.limit}", [value] * ENOUGH if value else []
     if target.measure == "cpu":
         rows = [row for row in table.rows if row.comparable and row.cpu and row.peer.name.startswith(target.peers)]
         best = min(rows, key=lambda row: row.cpu or 0.0, default=None)
     else:
         best = table.best(names=target.peers)
-    return (best.peer.name, value(best)) if best is not None else ("no such peer here", None)
+    return (best.peer.name, _values(best, target)) if best is not None else ("no such peer here", [])

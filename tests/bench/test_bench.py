@@ -158,14 +158,22 @@ def test_times_are_best_when_small() -> None:
     assert best is not None and best.peer.name == "one"
 
 
+def judged(mine: Sequence[Outcome], theirs: Sequence[Outcome]) -> targets.Verdict:
+    return targets.judge([table(SMALL, (OURS, mine), (find("mp.Queue"), theirs))])[0]
+
+
 def test_targets_are_judged_on_ratios() -> None:
-    peer = find("mp.Queue")
-    met = targets.judge([table(SMALL, (OURS, [ok(400)]), (peer, [ok(100)]))])[0]
-    missed = targets.judge([table(SMALL, (OURS, [ok(300)]), (peer, [ok(100)]))])[0]
+    met = judged([ok(400)] * 3, [ok(100)] * 3)
+    missed = judged([ok(300)] * 3, [ok(100)] * 3)
     assert (met.verdict, met.factor) == ("met", 1.0)
     assert (missed.verdict, missed.factor) == ("missed", 0.75)
-    lossy = targets.judge([table(SMALL, (OURS, [ok(900, lost=1)]), (peer, [ok(100)]))])[0]
-    assert lossy.verdict == "not measured"
+    assert judged([ok(900, lost=1)] * 3, [ok(100)] * 3).verdict == "not measured"
+
+
+def test_no_verdict_on_few_or_scattered_runs() -> None:
+    assert judged([ok(900)], [ok(100)] * 3).verdict == "unclear: 1 of 3 runs (met)"
+    scattered = judged([ok(300), ok(500), ok(900)], [ok(100)] * 3)
+    assert scattered.verdict == "unclear: 3 to 9 (met)"
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ class Script:
 
     def end(self) -> tuple[int, str]:
         """Wait; returns its status and the rest of its output."""
-        out, _ = self.process.communicate(timeout=30)
+        out, _ = self.process.communicate(timeout=60)
         return self.process.returncode, out
 
     def leftovers(self) -> list[str]:
