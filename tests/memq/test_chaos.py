@@ -48,12 +48,12 @@ class Ledger:
         os.write(self.fd, (" ".join(map(str, words)) + "\n").encode())
 
 
-def producer(name: str, folder: Path, first: int, stop) -> None:
+def producer(name: str, folder: Path, first: int, stop: Path) -> None:
     q = MemQ.attach(name)
     ledger = Ledger(folder / f"p{os.getpid()}")
     rng = random.Random(first)
     number = first
-    while not stop.is_set():
+    while not os.path.exists(stop):
         ledger.note("I", number)
         how = rng.randrange(4)
         data = content(number)
@@ -87,6 +87,11 @@ def consumer(name: str, folder: Path) -> None:
         q.close()
 
 
+def left_by(pids: set[int]) -> list[str]:
+    """Sessions of these processes. (Others, of whoever else runs on this machine, are not ours to judge.)"""
+    return [entry.name for entry in segment.root().iterdir() if entry.name.split("-")[0] in map(str, pids)]
+
+
 @pytest.mark.chaos
 @pytest.mark.timeout(900 if KILLS > 200 else 150)
 def test_nothing_is_lost_or_corrupt_when_producers_and_consumers_are_killed_at_random(tmp_path):
@@ -94,9 +99,10 @@ def test_nothing_is_lost_or_corrupt_when_producers_and_consumers_are_killed_at_r
     before = descriptors()
     q = MemQ(8 << 20)
     q.never_end()  # until the killing is over
-    stop = FORK.Event()
+    stop = tmp_path / "stop"  # no Event: its lock may die with a process that is killed
     running: dict[int, tuple[object, str]] = {}
     started = Counter()
+    pids: set[int] = set()
 
     def start(role: str) -> None:
         started[role] += 1
@@ -107,6 +113,7 @@ def test_nothing_is_lost_or_corrupt_when_producers_and_consumers_are_killed_at_r
             process = FORK.Process(target=consumer, args=(q.name, tmp_path))
         process.start()
         running[process.pid] = (process, role)
+        pids.add(process.pid)
 
     def reap(pid: int, expected: int) -> str:
         process, role = running.pop(pid)
@@ -130,7 +137,7 @@ def test_nothing_is_lost_or_corrupt_when_producers_and_consumers_are_killed_at_r
         killed[role] += 1
         start(role)
 
-    stop.set()
+    stop.touch()
     for pid in [pid for pid, (_, role) in running.items() if role == "producer"]:
         reap(pid, 0)
     until(lambda: q.stats().in_flight == 0 or q.recover_dead(), f"the rest to be consumed: {q.stats()}")
@@ -141,6 +148,7 @@ def test_nothing_is_lost_or_corrupt_when_producers_and_consumers_are_killed_at_r
 
     intended, put, consumed = set(), set(), Counter()
     delivered_again, wrong = set(), []
+    stop.unlink()
     for path in tmp_path.iterdir():
         text = path.read_text()
         assert text.endswith("\n") or not text
@@ -177,9 +185,7 @@ def test_nothing_is_lost_or_corrupt_when_producers_and_consumers_are_killed_at_r
     q.close()
     q.unlink()
     assert not (segment.root() / name).exists()
-    segment.sweep()
-    gone = [p.name for p in segment.root().iterdir() if not segment._is_dead(p)]
-    assert all(segment.start_time(int(entry.split("-")[0])) for entry in gone)
+    until(lambda: segment.sweep() is not None and not left_by(pids), f"the sweep of {left_by(pids)}")
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)  # no zombie, no child
-    assert descriptors() <= before + 1  # the resource tracker of the event, at most
+    assert descriptors() <= before + 1  # the session's lock, when this test was the first to need it

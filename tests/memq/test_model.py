@@ -97,9 +97,7 @@ class Model:
         f.deliveries += 1
         self.redelivered += 1
 
-    def room(self, need: int) -> bool:
-        if self.used() + need > CAPACITY:
-            self.skip()
+    def fits(self, need: int) -> bool:
         return self.used() + need <= CAPACITY
 
     def drop(self, need: int, all_: bool) -> None:
@@ -107,25 +105,58 @@ class Model:
             self.skip()
             if self.next == len(self.frames) or self.frames[self.next].state != COMMITTED:
                 return
-            if not all_ and (self.used() + need <= CAPACITY or self.next != 0):
+            if not all_ and (self.fits(need) or self.next != 0):
                 return
-            self.frames[self.next].state = DONE
-            self.next += 1
-            self.dropped += 1
-            self.advance()
+            self.drop_next()
+
+    def drop_next(self) -> None:
+        self.frames[self.next].state = DONE
+        self.next += 1
+        self.dropped += 1
+        self.advance()
+
+    def place(self, need: int, policy: str, put: bool) -> Frame | None:
+        """A claim for a newcomer, or None without room. A put starts anew whenever room came; a reserve does not."""
+        cleared = False
+        while True:
+            if policy == "latest" and (put or not cleared) and self.fits(need):
+                self.drop(need, True)
+            cleared = True
+            if self.fits(need):
+                self.frames.append(Frame(None, need, CLAIMED))
+                return self.frames[-1]
+            used = self.used()
+            self.skip()
+            if self.used() < used:
+                continue
+            if policy == "block":
+                return None
+            self.drop(need, False)
+            if not self.fits(need):
+                return self.replace(need, policy)
+
+    def replace(self, need: int, policy: str) -> Frame | None:
+        """A held frame pins the ring: the newcomer takes the place of the newest frame, if nobody took that."""
+        if len(self.frames) <= self.next or self.frames[-1].state != COMMITTED or need > self.frames[-1].span:
+            return None
+        last = self.frames[-1]
+        while policy == "latest":
+            self.skip()
+            if self.frames[self.next] is last or self.frames[self.next].state != COMMITTED:
+                break
+            self.drop_next()
+        self.refused += 1
+        self.frames[-1] = Frame(None, last.span, CLAIMED)
+        return self.frames[-1]
 
     def put(self, value: object, policy: str) -> bool:
-        need = span(value)
-        if policy == "latest":
-            self.drop(need, True)
-        if not self.room(need):
-            if policy == "block":
-                return False
-            self.drop(need, False)
-            if self.used() + need > CAPACITY:
-                self.refused += 1
-                return True
-        self.frames.append(Frame(value, need, COMMITTED))
+        f = self.place(span(value), policy, True)
+        if f is not None:
+            f.value, f.state = value, COMMITTED
+        elif policy == "block":
+            return False
+        else:
+            self.refused += 1
         return True
 
 
@@ -294,24 +325,21 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(handle=st.integers(0, 2), size=st.integers(0, 1000), fails=st.booleans())
     def reserve(self, handle, size, fails):
         need = (GRANULE + size + GRANULE - 1) // GRANULE * GRANULE
-        if self.policy == "latest":
-            self.model.drop(need, True)
-        if not self.model.room(need) and self.policy != "block":
-            self.model.drop(need, False)
+        f = self.model.place(need, self.policy, False)
         value = np.full(size, 7, "u1")
         try:
             with self.handles[handle].reserve(size, "u1", timeout=0) as view:
+                assert f is not None
                 view[:] = 7
                 if fails:
                     raise ZeroDivisionError
         except Full:
-            assert self.model.used() + need > CAPACITY
-            return
+            assert f is None
         except ZeroDivisionError:
-            self.model.frames.append(Frame(None, need, DONE, padding=True))
+            f.state, f.padding = DONE, True
             self.model.aborted += 1
         else:
-            self.model.frames.append(Frame(value, need, COMMITTED))
+            f.value, f.state = value, COMMITTED
 
     @rule(handle=st.integers(0, 2))
     def close_and_attach(self, handle):
@@ -352,14 +380,10 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(size=st.integers(1, 800))
     def helper_claims(self, size):
         need = (GRANULE + size + GRANULE - 1) // GRANULE * GRANULE
-        if self.policy == "latest":
-            self.model.drop(need, True)
-        if not self.model.room(need) and self.policy != "block":
-            self.model.drop(need, False)
-        if self.helper.ask("claim", size):
-            self.model.frames.append(Frame(None, need, CLAIMED, "helper"))
-        else:
-            assert self.model.used() + need > CAPACITY
+        f = self.model.place(need, self.policy, False)
+        assert bool(self.helper.ask("claim", size)) is (f is not None)
+        if f is not None:
+            f.owner = "helper"
 
     @precondition(lambda self: self.helper is not None)
     @rule()

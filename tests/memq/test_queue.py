@@ -1295,7 +1295,9 @@ def test_interrupted_ends_waits_as_if_their_time_were_over(queue):
 
 
 @pytest.mark.parametrize("policy", ["drop_oldest", "latest"])
-@pytest.mark.parametrize("make", [lambda n: n, lambda n: f"{n:0100d}", lambda n: np.full(100, n)], ids=["int", "str", "array"])
+@pytest.mark.parametrize(
+    "make", [lambda n: n, lambda n: f"{n:0100d}", lambda n: np.full(100, n)], ids=["int", "str", "array"]
+)
 def test_while_a_held_frame_pins_the_ring_the_newest_value_takes_the_place_of_the_newest_waiting(queue, policy, make):
     q = queue(4096, policy=policy)
     q.put(make(0))

@@ -259,8 +259,17 @@ class Queue:
         deadline = time.monotonic() + timeout
         while not self._place(overflow, kind, value, obj):
             left = deadline - time.monotonic()
-            if timeout <= 0 or left <= 0 or not self._ring.wait_frames(self._maxsize - len(overflow.values), left):
+            if timeout <= 0 or left <= 0:
                 raise Full
+            self._wait(overflow, left)
+
+    def _wait(self, overflow: _Overflow, seconds: float) -> None:
+        """Until there may be a place. What waits here goes first: then it is the feeder who tells."""
+        with overflow.changed:
+            if overflow.values:
+                overflow.changed.wait(min(seconds, threading.TIMEOUT_MAX))
+                return
+        self._ring.wait_frames(self._maxsize, seconds)
 
     def _place(self, overflow: _Overflow, kind: int, value: Any, obj: Any) -> bool:
         """One attempt behind what waits already. False when maxsize values are there; the ring itself refuses to hold

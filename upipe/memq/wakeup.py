@@ -10,6 +10,7 @@ one frame do not all run for it.
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import os
 import select
@@ -218,7 +219,9 @@ class PeerWatch:
             for pid, start in wanted - self._pidfds.keys():
                 try:
                     fd = os.pidfd_open(pid)
-                except ProcessLookupError:
+                except OSError as error:
+                    if error.errno not in (errno.ESRCH, errno.ENOENT, errno.EINVAL):  # the last two: now a thread's or a group's
+                        raise
                     return True
                 if segment.start_time(pid) != start:  # the pid went to somebody else: that peer is dead
                     os.close(fd)
