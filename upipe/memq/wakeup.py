@@ -220,7 +220,8 @@ class PeerWatch:
                 try:
                     fd = os.pidfd_open(pid)
                 except OSError as error:
-                    if error.errno not in (errno.ESRCH, errno.ENOENT, errno.EINVAL):  # the last two: now a thread's or a group's
+                    # ENOENT, EINVAL: the number lives on as a thread or a process group
+                    if error.errno not in (errno.ESRCH, errno.ENOENT, errno.EINVAL):
                         raise
                     return True
                 if segment.start_time(pid) != start:  # the pid went to somebody else: that peer is dead
