@@ -754,7 +754,7 @@ cdef class Ring:
         return 0
 
     cdef int _clear(self, uint64_t need) except -1:
-        """Only the newest counts: drop what waits, unless the newcomer has no room and must take the newest one's place."""
+        """Only the newest counts: drop what waits, unless the newcomer has no room and takes the newest one's place."""
         cdef int rc
         self._lock(self.r.c.producer_lock)
         rc = up_room(&self.r, need, 1)
