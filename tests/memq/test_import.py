@@ -47,11 +47,12 @@ def test_a_kernel_or_sandbox_without_pidfds_is_refused(monkeypatch, error):
 
 @pytest.mark.parametrize("module", ["upipe", "upipe.memq"])
 def test_a_missing_extension_says_how_to_build_it_and_is_an_import_error(module):
-    code = (
-        "import sys\nsys.modules['upipe.memq._ring'] = None\n"
-        f"try:\n    import {module}\nexcept ImportError as e:\n    print(repr(e))"
+    done = python(
+        "import sys\n"
+        "sys.modules['upipe.memq._ring'] = None\n"
+        f"try:\n    import {module}\n"
+        "except ImportError as e:\n    print(repr(e))\n"
     )
-    done = python(code)
     assert "UnsupportedPlatform" in done.stdout, done.stderr
     assert "pip install -e ." in done.stdout
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support import DEADLINE, chain, collect
-from upipe import Pipe, Processor, ProcessorError
+from upipe import Pipe, PipeFailed, Processor, ProcessorError
 from upipe.runtime.spool import load_checkpoint
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -136,3 +136,31 @@ async def test_a_class_without_checkpoint_starts_afresh_after_a_death() -> None:
 
     found, _ = await collect(chain(source(10), Processor("p", Plain)))
     assert found == [[n, n + 1] for n in range(5)] + [[n, n - 4] for n in range(5, 10)]
+
+
+class Unfinished:
+    """Cannot bring its result home; another instance, which saw nothing, could."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def process(self, value: int) -> None:
+        self.count += 1
+
+    def teardown(self) -> None:
+        if self.count:
+            raise ValueError("cannot write the result")
+
+
+class UnfinishedAsync(Unfinished):
+    async def setup(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("cls", [Unfinished, UnfinishedAsync])
+async def test_a_teardown_that_raises_fails_the_pipe_instead_of_being_tried_on_an_empty_instance(cls: type) -> None:
+    pipe = Pipe("unfinished")
+    pipe.chain(source(10), Processor("sink", cls))
+    await pipe.start()
+    with pytest.raises(PipeFailed, match="cannot write the result"):
+        await pipe.wait_for_completion(DEADLINE)

@@ -131,6 +131,8 @@ class Holdings:
         """Nobody is behind this queue of the pipe's own any more: emits are dropped, reads come to the end; no
         doorbells."""
         queue = self.queues[plan.name]
+        if queue.is_closed:
+            return  # the program ends, and all its handles were closed before
         queue.recover_dead()
         if plan.source == PIPE:
             queue.set_policy(DISCARD)

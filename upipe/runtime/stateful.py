@@ -15,8 +15,10 @@ from typing import Any
 
 from upipe.errors import EndOfStream
 from upipe.runtime.mapped import is_async, map_async, map_sync, run_async
+from upipe.runtime.messages import Raised
 from upipe.runtime.spool import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint
 from upipe.runtime.worker import Worker
+from upipe.runtime.worker_state import describe
 
 LOOK_EVERY = 16
 """Frames between two looks at the room in the queue."""
@@ -51,7 +53,11 @@ class Stateful:
         except EndOfStream:
             self._save()
         finally:
-            self._call("teardown")
+            try:
+                self._call("teardown")
+            except Exception as error:
+                self._unfinished(error)
+                raise
 
     async def _run_async(self) -> None:
         await self._acall("setup")
@@ -61,7 +67,16 @@ class Stateful:
         except EndOfStream:
             self._save()
         finally:
-            await self._acall("teardown")
+            try:
+                await self._acall("teardown")
+            except Exception as error:
+                self._unfinished(error)
+                raise
+
+    def _unfinished(self, error: Exception) -> None:
+        """teardown raised: what it was to bring home is in this instance alone. Another life would end well, without it."""
+        told = describe(error)
+        self.worker.say(Raised("run", told.kind, told.message, told.traceback, fatal=True))
 
     def _call(self, name: str) -> None:
         method = getattr(self.instance, name, None)
