@@ -36,7 +36,7 @@ from upipe.memq.queue import Empty, Full, MemQ
 
 RING_BYTES = 4 << 20
 """Ring of a queue, in bytes, taken from shared memory when the queue is made; less when there is less. Measured on two
-busy cores, for 256 KiB, 1, 4 and 16 MiB: ints 0.3, 1, 1.5 and 1 M/s (a small ring is full too often, and then each value
+busy cores, for 256 KiB, 1, 4 and 16 MiB: ints 0.3, 1, 1.5 and 1 M/s (a small ring is full too often, then each value
 goes through the feeder thread), arrays of 1 MiB 0.8, 0.8, 10 and 11 GB/s (in files while they exceed half the ring)."""
 _SMALLEST = 1 << 16
 _NATIVE = frozenset({type(None), bool, int, float, str, bytes})

@@ -74,7 +74,7 @@ class Stateful:
                 raise
 
     def _unfinished(self, error: Exception) -> None:
-        """teardown raised: what it was to bring home is in this instance alone. Another life would end well, without it."""
+        """teardown raised: what it was to bring home is in this instance alone; another life would end well without."""
         told = describe(error)
         self.worker.say(Raised("run", told.kind, told.message, told.traceback, fatal=True))
 
