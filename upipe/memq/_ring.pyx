@@ -101,6 +101,11 @@ def _after_fork_in_child():
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+def forget_bells():
+    """Close the write ends of others' doorbells that this process keeps (at most 128); they open again when needed."""
+    up_bell_forget()
+
+
 cdef inline double _now() noexcept:
     return <double>up_now_ns(CLOCK_MONOTONIC) * 1e-9
 

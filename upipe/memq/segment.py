@@ -58,19 +58,23 @@ def root() -> Path:
 
 
 def start_time(pid: int) -> int | None:
-    """Start of a process in clock ticks after boot: with the pid its name for ever. None when there is no process."""
+    """Start of a process in clock ticks after boot: with the pid its name for ever. None when there is no process.
+
+    Raises:
+        OSError: it cannot be told (no descriptor left); never take that for a death.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     return int(text.rpartition(")")[2].split()[19])
 
 
 def process_state(pid: int) -> str | None:
-    """State letter of a process (R, S, D, T, t, Z, X), None when there is none."""
+    """State letter of a process (R, S, D, T, t, Z, X), None when there is none. Raises OSError as start_time."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     return text.rpartition(")")[2].split()[0]
 
@@ -169,7 +173,10 @@ def _is_dead(entry: Path) -> bool:
     pid, _, start = entry.name.partition("-")
     if not pid.isdigit() or not start.isdigit():
         return False
-    return start_time(int(pid)) != int(start) or process_state(int(pid)) in ("Z", "X", None)
+    try:
+        return start_time(int(pid)) != int(start) or process_state(int(pid)) in ("Z", "X", None)
+    except OSError:
+        return False  # not proven
 
 
 YOUNG = 60.0
