@@ -16,11 +16,12 @@
  *     consumer:  take  -> TAKEN   -> read  -> FINISHED | DEAD     then tail passes it and the bytes are free again
  *                                 \-> AVAILABLE -> TAKEN ...      (given back, or its holder died)
  *                COMMITTED -> DROPPED                             (drop policies)
+ *                COMMITTED -> CLAIMED                             (drop policy: the newcomer takes its place, up_replace)
  *
  * Order of positions: tail <= next <= head <= tail + capacity, all monotonic and multiples of 64.
  *
- * Two locks, one per end, never nested in each other, never on one cache line: producer_lock guards head, head_books,
- * cached_tail and the claims of producers; consumer_lock guards next, tail, tail_books, redeliver and every change of a
+ * Two locks, one per end, never on one cache line and never nested but in up_replace (a drop policy without room; there
+ * producer_lock is the outer one): producer_lock guards head, head_books, cached_tail, last and the claims of producers; consumer_lock guards next, tail, tail_books, redeliver and every change of a
  * COMMITTED state. registry_lock guards slots, producers and stream; a recovery holds it throughout and takes the other two
  * one after the other inside it, so recoveries never race and a slot cannot change hands under one. All are robust: when a
  * holder dies the kernel hands the lock over (EOWNERDEAD) and the next holder repairs. Payloads move outside.
