@@ -82,10 +82,12 @@ def test_a_dead_peer_that_nobody_reaped_is_seen(queue):
     held, let_die = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
-        q.take()
-        os.write(held[1], b"x")
-        os.read(let_die[0], 1)
-        os._exit(0)
+        try:
+            q.take()
+            os.write(held[1], b"x")
+            os.read(let_die[0], 1)
+        finally:
+            os._exit(0)  # whatever happens: a child that raised would go on with the suite
     os.read(held[0], 1)
     getter = Thread(q.get)
     asleep(q)
