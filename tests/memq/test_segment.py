@@ -344,17 +344,14 @@ def test_sweeping_leaves_strangers_and_starting_sessions_alone(shm, monkeypatch)
     assert Path("/tmp").is_dir()
 
 
-def test_two_sweepers_do_not_disturb_each_other(shm):
+def test_two_sweepers_do_not_disturb_each_other(shm, monkeypatch):
     code = "from upipe.memq import MemQ\nimport os\nq = MemQ(4096)\nos.kill(os.getpid(), 9)"
     for _ in range(3):
         python(code, shm)
     assert len(list(shm.iterdir())) >= 1
-    os.environ["UPIPE_SHM"] = str(shm)
-    try:
-        threads = [Thread(segment.sweep) for _ in range(8)]
-        swept = [name for t in threads for name in t.result()]
-    finally:
-        del os.environ["UPIPE_SHM"]
+    monkeypatch.setenv("UPIPE_SHM", str(shm))
+    threads = [Thread(segment.sweep) for _ in range(8)]
+    swept = [name for t in threads for name in t.result()]
     assert len(swept) >= 1
     assert list(shm.iterdir()) == []
 

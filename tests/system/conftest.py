@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import gc
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,9 +13,6 @@ import pytest
 from tests.system.support import Script, descendants, segment, stat, until
 from upipe.runtime import process
 
-if segment._session is None and "UPIPE_SHM" not in os.environ:  # other programs come and go in the usual root
-    os.environ["UPIPE_SHM"] = f"/dev/shm/upipe-test-{os.getpid()}"
-    atexit.register(shutil.rmtree, os.environ["UPIPE_SHM"], ignore_errors=True)
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans come to us, so that we can count them
 
 

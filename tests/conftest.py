@@ -1,0 +1,29 @@
+"""The whole suite runs in a root of sessions of its own, and each test leaves the process as it found it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from upipe.memq import segment
+
+if segment._session is None and "UPIPE_SHM" not in os.environ:  # other programs come and go in the usual root
+    os.environ["UPIPE_SHM"] = f"/dev/shm/upipe-test-{os.getpid()}"
+    atexit.register(shutil.rmtree, os.environ["UPIPE_SHM"], ignore_errors=True)
+_ROOT = os.environ.get("UPIPE_SHM")
+_PID = os.getpid()
+
+
+@pytest.fixture(autouse=True)
+def same_process() -> Iterator[None]:
+    """No forked child goes on with the suite, and who moves the root moves it back: the session is where it began."""
+    yield
+    if os.getpid() != _PID:
+        os._exit(99)
+    assert os.environ.get("UPIPE_SHM") == _ROOT, "a test changed UPIPE_SHM and did not restore it"
+    session = segment._session
+    assert session is None or session.path.parent == segment.root(), f"a test made the session in {session.path.parent}"
