@@ -24,11 +24,10 @@ def fan_send(
     flags: int = 0,
 ) -> bool: ...
 
-class Ring:
+class Handle:
     allow_pickle: Final[bool]
     interrupted: bool
     label: Final[str]
-    execution_id: int
 
     def _create(
         self, fd: int, capacity: int, policy: int, max_frames: int, options: int, root: str, label: str
@@ -38,8 +37,9 @@ class Ring:
     def __del__(self) -> None: ...
     @property
     def is_closed(self) -> bool: ...
+    def recover_dead(self) -> int: ...
 
-    # sleeping
+class Sleeper(Handle):
     def arm(self, producer: int, need: int = 0, exact: bool = False) -> None: ...
     def disarm(self, producer: int) -> bool: ...
     def pass_on(self, producer: int) -> None: ...
@@ -49,7 +49,7 @@ class Ring:
     def attend(self) -> None: ...
     def look(self) -> bool: ...
 
-    # putting
+class Putter(Sleeper):
     def put(
         self, value: object, block: bool = True, timeout: float | None = None, *, dtype: int = -1, key: int = 0
     ) -> None: ...
@@ -61,7 +61,7 @@ class Ring:
         self, values: Iterable[object] | NDArray[Any], dtype: int = -1, timeout: float | None = None
     ) -> int: ...
 
-    # getting
+class Taker(Putter):
     def get(self, block: bool = True, timeout: float | None = None) -> Any: ...
     def get_nowait(self) -> Any: ...
     def get_keyed(self, timeout: float) -> tuple[Any, int]: ...
@@ -81,6 +81,9 @@ class Ring:
     @property
     def last_flags(self) -> int: ...
 
+class Ring(Taker):
+    execution_id: int
+
     # zero copy
     def reserve(
         self, shape: int | Sequence[int], dtype: DTypeLike = "u1", timeout: float | None = None, *, key: int = 0
@@ -89,7 +92,6 @@ class Ring:
 
     # watching, ending, recovering
     def peers(self) -> list[tuple[int, int]]: ...
-    def recover_dead(self) -> int: ...
     def recover(self, pid: int, max_deliveries: int = 0, covered: Iterable[int] | ArrayLike = ()) -> list[int]: ...
     def declare_producer(self, id: int) -> None: ...  # noqa: A002
     def use_producer(self, id: int, epoch: int = 0) -> None: ...  # noqa: A002

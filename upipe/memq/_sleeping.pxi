@@ -1,0 +1,305 @@
+# Sleeper: waiting until the other end moves.
+
+
+cdef class Sleeper(Handle):
+    """Waiting until the other end moves."""
+
+    cdef Doorbell _bell(self, int producer):
+        cdef Doorbell bell = self.bell_room if producer else self.bell_frames
+        cdef Doorbell other
+        if bell is None:
+            if self.wakeup is None:
+                from upipe.memq import wakeup
+                self.wakeup = wakeup
+            try:
+                bell = self.wakeup.Bell()
+            except OSError as error:
+                self._no_descriptor(error)
+                raise
+            other = self.bell_room if producer else self.bell_frames
+            if other is not None:  # another thread was faster
+                bell.close()
+                return other
+            if producer:
+                self.bell_room = bell
+                self.r.slots[self.r.slot].bell_producer = bell.id
+            else:
+                self.bell_frames = bell
+                self.r.slots[self.r.slot].bell_consumer = bell.id
+        return bell
+
+    cdef _no_descriptor(self, error):
+        if error.errno in (_errno.EMFILE, _errno.ENFILE):
+            raise QueueError(f"cannot sleep on queue {self.label}: no file descriptor is left (ulimit -n); nothing was "
+                             "put or taken; close some, or raise the limit") from error
+
+    cdef inline uint64_t *_bits(self, int producer) noexcept:
+        if producer:
+            return self.r.c.producers_waiting
+        return self.r.c.consumers_waiting
+
+    cdef int _spin(self, int producer) noexcept:
+        """Spin while nothing changes; 1 when something did. The length follows how often spinning helped."""
+        cdef int _i, n = self.spin[producer]
+        cdef uint64_t *word = &self.r.c.tail
+        cdef uint64_t before
+        cdef int hit = 0
+        if not producer:
+            before = UP_LD(&self.r.c.next)
+            if before == up_position(UP_LDA(&self.r.c.head)):
+                word = &self.r.c.head  # nothing claimed: wait for a claim
+            else:
+                word = up_state_at(&self.r, before)  # the next frame is being written: wait for its commit
+        before = UP_LD(word)
+        with nogil:
+            for _i in range(n):
+                UP_PAUSE()
+                if UP_LD(word) != before:
+                    hit = 1
+                    break
+        if hit:
+            self.spin[producer] = min(SPIN_MAX, n * 2 + 16)
+        else:
+            self.spin[producer] = max(16, n // 2)
+        return hit
+
+    def arm(self, int producer, uint64_t need=0, bint exact=False):
+        """Set the waiting bit (bell ready). Try again after this, then sleep on bell(producer).fd.
+
+        Args:
+            producer: 1 waits for room, 0 for a frame.
+            need: ring bytes that must be free, 0 = wake whenever some come free.
+            exact: False waits until an eighth of the ring is free, so that a fast producer is not woken for each frame.
+                Who is not exact must look again after a moment if anything can depend on it: room for one frame may be
+                all that comes.
+        """
+        self._begin()
+        try:
+            self._arm(producer, self._bell(producer), need, need != 0 and not exact)
+        finally:
+            self._done()
+
+    cdef void _arm(self, int producer, Doorbell bell, uint64_t need, bint lazy) noexcept:
+        cdef uint64_t head, want = 0, free_ = need
+        if producer:
+            if lazy:
+                free_ = min(max(need, self.r.capacity // 8), self.r.capacity)
+            if free_ and not self.r.c.max_frames and bell.sleepers + bell.tasks <= 1:  # more: each has its own need
+                head = up_position(UP_LDA(&self.r.c.head))
+                if head + free_ > self.r.capacity:
+                    want = head + free_ - self.r.capacity
+            self.r.slots[self.r.slot].need_tail = want
+            self.r.c.full_waits += 1
+        else:
+            self.r.c.empty_waits += 1
+        up_arm(&self.r, self._bits(producer))
+
+    def disarm(self, int producer):
+        """Clear the waiting bit. False: somebody rang, so who leaves without a frame passes the wake on."""
+        if self.closed or self.generation != _generation or self.r.slot == UP_NONE:
+            return True
+        return bool(up_disarm(&self.r, self._bits(producer)))
+
+    def pass_on(self, int producer):
+        """Wake another sleeper in our stead."""
+        self._mapped()
+        if producer:
+            up_wake_producers(&self.r)
+        else:
+            up_wake_consumers(&self.r, 1)
+
+    def left(self, int producer):
+        """A waiter on bell(producer) is done waiting, with or without success: nobody's wake is lost."""
+        self._left_bell(producer)
+
+    cdef void _left_bell(self, int producer) noexcept:
+        """The next on this bell looks when there may be more for it (the bit tells nothing about the frames before it
+        was set, and we may have set it ourselves). When there is no next, the bit goes; a wake that we were given goes
+        on to another process if there is more than we took."""
+        cdef Doorbell bell = self.bell_room if producer else self.bell_frames
+        if bell is None or self.closed or self.generation != _generation or self.r.slot == UP_NONE:
+            return
+        if bell.sleepers + bell.tasks > 0:
+            if (producer or self._something()
+                    or not UP_LD(&self._bits(producer)[self.r.slot // 64]) >> (self.r.slot & 63) & 1):
+                bell.ring()
+        else:
+            up_disarm(&self.r, self._bits(producer))
+
+    cdef bint _something(self) noexcept:
+        """Is there a frame to take, or the end to learn? (A hint, without the lock: yes when in doubt.)"""
+        cdef uint64_t at = UP_LD(&self.r.c.next)
+        if UP_LD(&self.r.c.redeliver):
+            return True
+        if at == up_position(UP_LDA(&self.r.c.head)):
+            return up_ended(&self.r) != 0
+        return up_kind(UP_LDA(up_state_at(&self.r, at))) != UP_CLAIMED  # its commit wakes somebody
+
+    def bell(self, int producer):
+        """The doorbell of this handle for frames (0) or room (1): a file descriptor to watch is its .fd."""
+        self._begin()
+        try:
+            return self._bell(producer)
+        finally:
+            self._done()
+
+    cdef bint _again(self, Waiting *w) except -1:
+        """After a try that failed: spin, arm or sleep; False when it is time to give up."""
+        cdef int rc
+        cdef Doorbell bell
+        if w.timeout <= 0 or self.interrupted:
+            return w.deadline == 0 and not self.supervised and self._peers_ended()
+        if w.deadline == 0:
+            w.deadline = _now() + w.timeout
+            if self._spin(w.producer):
+                return True
+        if not w.fresh:  # arm, and let the caller try once more before we sleep
+            bell = self._bell(w.producer)
+            if not w.armed:
+                w.armed = True
+                bell.sleepers += 1
+            self._arm(w.producer, bell, w.need, not w.exact)
+            w.fresh = True
+            return True
+        w.fresh = False
+        try:
+            rc = self._sleep(w.producer, w.deadline, w.need != 0 and not w.exact)
+        except BaseException:
+            self._left(w, 0)
+            raise
+        if rc == 0:
+            w.timeout = 0
+        elif rc == 2:
+            w.exact = True
+        if self.closed:
+            self._left(w, 0)
+            raise QueueClosed(f"this handle of queue {self.label} was closed while it waited")
+        return True
+
+    cdef int _left(self, Waiting *w, int rc) noexcept:
+        """Done waiting. Runs no Python code: a signal handler must not raise between a take and its return."""
+        cdef Doorbell bell = self.bell_room if w.producer else self.bell_frames
+        if w.armed:
+            w.armed = False
+            bell.sleepers -= 1
+            self._left_bell(w.producer)
+        return rc
+
+    cdef int _sleep(self, int producer, double deadline, bint lazy) except -1:
+        """Sleep until the bell, a peer's death or the deadline. 0 when the deadline passed, 2 when LAZY did, else 1."""
+        cdef pollfd fds[2]
+        cdef int n = 1, rc = 0, timeout
+        cdef double left, start = _now(), most
+        cdef Doorbell bell = self._bell(producer)
+        fds[0].fd = bell.fd
+        fds[0].events = POLLIN
+        fds[1].events = POLLIN
+        while True:
+            left = most = deadline - _now()
+            if left <= 0:
+                return 0
+            if lazy:
+                most = min(left, start + LAZY - _now())
+                if most <= 0:
+                    return 2
+            n = 1
+            if not self.supervised:
+                if self.watch is not None and self.watch.joined == self.r.c.joined:
+                    fds[1].fd = self.watch.fd
+                    n = 2
+                else:
+                    most = min(most, start + ALONE - _now())
+                    if most <= 0:
+                        if self._watch():
+                            return 1
+                        continue
+            timeout = -1 if most > 1e6 else <int>(most * 1000) + 1
+            with nogil:
+                rc = c_poll(fds, n, timeout)
+            if rc < 0 and errno != EINTR:
+                raise OSError(errno, "poll failed while waiting for a queue")
+            if rc < 0:
+                PyErr_CheckSignals()
+                continue
+            if rc > 0:
+                if self.closed:
+                    return 1  # the bell stays rung: all that sleep on it shall see this
+                if fds[0].revents:
+                    up_bell_drain(fds[0].fd)
+                if n == 2 and fds[1].revents:
+                    self._watch()
+                return 1
+
+    cdef bint _watch(self) except -1:
+        """Watch the pidfds of all peers. True when some had ended: they are recovered, so try again."""
+        cdef uint32_t joined = self.r.c.joined
+        if self.watch is None:
+            if self.wakeup is None:
+                from upipe.memq import wakeup
+                self.wakeup = wakeup
+            try:
+                watch = self.wakeup.PeerWatch()
+            except OSError as error:
+                self._no_descriptor(error)
+                raise
+            if self.watch is None:  # no other thread was faster
+                self.watch = watch
+        try:
+            ended = self.watch.refresh(self._watchable(), joined)
+        except OSError as error:
+            self._no_descriptor(error)
+            raise
+        if ended:
+            self.recover_dead()
+            self.watch.joined = -1  # their slots are free now: look at the list again before the next sleep
+        return ended
+
+    def watch_fd(self):
+        """For event loops: a descriptor that becomes readable when a peer ends (then call look()), -1 when a supervisor
+        watches instead."""
+        self._begin()
+        try:
+            while not self.supervised:
+                if (self.watch is not None and self.watch.joined == self.r.c.joined) or not self._watch():
+                    return self.watch.fd
+            return -1
+        finally:
+            self._done()
+
+    def attend(self):
+        """Let the running event loop recover peers that end, while its tasks wait (after watch_fd())."""
+        if self.watch is not None:
+            self.watch.attend(self)
+
+    def look(self):
+        """Recover the peers that ended. True when there were any."""
+        self._begin()
+        try:
+            return bool(self._watch())
+        finally:
+            self._done()
+
+    cdef bint _peers_ended(self) except -1:
+        """For tries that never sleep: at most every ALONE seconds, see whether a peer died with what we want."""
+        cdef pollfd one
+        cdef double now = <double>up_now_ns(CLOCK_MONOTONIC_COARSE) * 1e-9
+        if now - self.looked < ALONE:
+            return False
+        self.looked = now
+        try:
+            if self.watch is None or self.watch.joined != self.r.c.joined:
+                return self._watch()
+            one.fd = self.watch.fd
+            one.events = POLLIN
+            return c_poll(&one, 1, 0) > 0 and self._watch()
+        except QueueError as error:
+            if isinstance(error, QueueStuck):
+                raise
+            return False  # no descriptor left: then later
+
+    cdef list _watchable(self):
+        cdef uint32_t i
+        mine = os.getpid()
+        cdef uint64_t here = self.r.slots[self.r.slot].pidns  # a pid of another namespace means nothing here
+        return [(self.r.slots[i].pid, self.r.slots[i].start) for i in range(UP_SLOTS)
+                if self.r.slots[i].pid and self.r.slots[i].pid != mine and self.r.slots[i].pidns == here]
