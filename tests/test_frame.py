@@ -98,6 +98,8 @@ def same_array(left: np.ndarray, right: np.ndarray) -> bool:
 def clean_registry() -> Iterator[None]:
     tables = (_types.CUSTOM_BY_CODE, _types.CUSTOM_BY_CLASS)
     saved = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
     yield
     for table, content in zip(tables, saved, strict=True):
         table.clear()

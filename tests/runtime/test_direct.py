@@ -3,51 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from upipe.errors import FrameError
+from tests.memq.helpers import Memory
+from upipe import DType, MemQ
+from upipe.errors import EncodeError, FrameCorrupt
+from upipe.memq._ring import Way
 from upipe.runtime.direct import YIELD_EVERY, short_cuts
 
 
-class FakeRing:
-    """Sends and receives what the test says."""
-
-    def __init__(self) -> None:
-        self.room, self.coming, self.last_execution = True, [], 0
-        self.sent: list[tuple[Any, int]] = []
-
-    def send(self, value: Any, dtype: int) -> bool:
-        self.sent.append((value, dtype))
-        return self.room
-
-    def receive(self) -> Any:
-        found = self.coming.pop(0) if self.coming else (False, None)
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-
 class Bench:
-    """The short cuts of a fake worker, and what they handed over."""
+    """The short cuts over a real queue of a fake worker, and what they handed over."""
 
     def __init__(self) -> None:
-        self.ring = FakeRing()
+        self.ring = MemQ(4096)
         self.slow: list[Any] = []
         self.took = 0
         self.unreadable: list[Exception] = []
-        inputs = SimpleNamespace(rings=[self.ring], last=None)
+        self.inputs = SimpleNamespace(rings=[self.ring], last=None)
         self.worker: Any = SimpleNamespace(
-            direct=True, outputs=SimpleNamespace(only=self.ring), inputs=inputs, took=self._took,
-            unreadable=self.unreadable.append,
+            way=Way(), outputs=SimpleNamespace(only=self.ring), inputs=self.inputs, took=self._took,
+            unreadable=self._unreadable,
         )
         cuts = short_cuts("me", self.worker, *(self._slow(name) for name in ("emit", "emit_sync", "get_sync")))
         self.emit, self.emit_sync, self.get_sync = cuts["emit"], cuts["emit_sync"], cuts["get_sync"]
 
     def _took(self) -> None:
         self.took += 1
+
+    def _unreadable(self, error: Exception) -> None:
+        self.unreadable.append(error)
+        self.ring.finish(dead=True)
 
     def _slow(self, name: str) -> Any:
         async def done(*args: Any, **options: Any) -> str:
@@ -60,47 +50,66 @@ class Bench:
         return slow
 
 
-async def test_what_is_ready_needs_nothing_but_the_queue() -> None:
-    bench = Bench()
-    bench.ring.coming = [(True, 5)]
-    assert await bench.emit(1) is True and await bench.emit_sync(2, 9) is True and await bench.get_sync() == 5
-    assert bench.ring.sent == [(1, -1), (2, 9)] and bench.slow == []
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    with made.ring:
+        yield made
 
 
-async def test_without_room_without_a_frame_and_with_options_the_method_decides() -> None:
-    bench = Bench()
-    bench.ring.room = False
+async def test_what_is_ready_needs_nothing_but_the_queue(bench: Bench) -> None:
+    assert await bench.emit(1) is True and await bench.emit_sync(2, DType.U8) is True
+    assert await bench.emit(value=True) is True and await bench.emit(None) is True
+    assert bench.inputs.last is bench.ring
+    assert [await bench.get_sync() for _ in range(4)] == [1, 2, True, None] and bench.slow == []
+    assert bench.ring.holding is not None and bench.ring.stats().finished == 3  # the last is in hand
+
+
+async def test_a_value_that_does_not_fit_raises_at_the_call_and_is_not_sent(bench: Bench) -> None:
+    with pytest.raises(EncodeError):
+        bench.emit(-1, DType.U32)
+    assert bench.ring.empty() and bench.slow == []
+
+
+async def test_without_room_without_a_frame_and_with_options_the_method_decides(bench: Bench) -> None:
+    for _ in range(64):
+        bench.ring.put_nowait(0)
     assert await bench.emit(1) == "slow"
-    assert await bench.emit_sync(1, 9, timeout=3) == "slow"
+    assert await bench.emit_sync(1, DType.U8, timeout=3) == "slow"
+    assert await bench.emit(1, to="b") == "slow"
+    for _ in range(64):
+        assert await bench.get_sync() == 0
     assert await bench.get_sync(7) == "slow"
-    bench.ring.coming = [None]  # the end
-    assert await bench.get_sync() == "slow"
+    assert await bench.emit_sync(1, to="b") == "slow" and bench.ring.empty()
+    bench.ring.close_producer(0)
+    bench.ring.finish()
+    assert await bench.get_sync() == "slow"  # the end
     assert bench.slow == [
-        ("emit", ("me", 1, None), {}), ("emit_sync", ("me", 1, 9), {"timeout": 3}), ("get_sync", ("me", 7), {}),
-        ("get_sync", ("me", None), {}),
+        ("emit", ("me", 1, None), {"to": None}), ("emit_sync", ("me", 1, DType.U8), {"timeout": 3, "to": None}),
+        ("emit", ("me", 1, None), {"to": "b"}), ("get_sync", ("me", 7), {}),
+        ("emit_sync", ("me", 1, None), {"timeout": None, "to": "b"}), ("get_sync", ("me", None), {}),
     ]
 
 
-async def test_when_something_special_came_along_they_hand_over_for_good() -> None:
-    bench = Bench()
-    bench.worker.direct = False
-    bench.ring.coming = [(True, 5)]
-    assert [await bench.emit(1), await bench.get_sync()] == ["slow", "slow"] and bench.ring.sent == []
+async def test_when_something_special_came_along_they_hand_over(bench: Bench) -> None:
+    bench.worker.way.direct = False
+    bench.ring.put(5)
+    assert [await bench.emit(1), await bench.get_sync()] == ["slow", "slow"] and bench.ring.qsize() == 1
 
 
-async def test_a_frame_of_a_call_is_noted_and_one_that_cannot_be_read_is_told() -> None:
-    bench = Bench()
-    error = FrameError("bad")
-    bench.ring.coming = [(True, 1), error]
-    bench.ring.last_execution = 4
+async def test_a_frame_of_a_call_is_noted_and_one_that_cannot_be_read_is_told(bench: Bench) -> None:
+    bench.ring.send(1, execution=4)
+    bench.ring.send(2)
     assert await bench.get_sync() == 1 and bench.took == 1
-    assert await bench.get_sync() == "slow" and bench.unreadable == [error]
+    memory = Memory(bench.ring)
+    memory.flip(64, 8 * 57)  # the frame behind
+    memory.close()
+    assert await bench.get_sync() == "slow" and [type(one) for one in bench.unreadable] == [FrameCorrupt]
+    assert bench.took == 1 and bench.ring.stats().dead == 1
 
 
 @pytest.mark.parametrize("end", ["emit", "get_sync"])
-async def test_other_tasks_get_a_turn_now_and_then(end: str) -> None:
-    bench = Bench()
-    bench.ring.coming = [(True, 1)] * 3 * YIELD_EVERY
+async def test_other_tasks_get_a_turn_now_and_then(bench: Bench, end: str) -> None:
     turns = 0
 
     async def other() -> None:
@@ -111,6 +120,11 @@ async def test_other_tasks_get_a_turn_now_and_then(end: str) -> None:
 
     task = asyncio.create_task(other())
     for _ in range(3 * YIELD_EVERY):
-        await (bench.emit(1) if end == "emit" else bench.get_sync())
+        if end == "emit":
+            await bench.emit(1)
+            bench.ring.get_nowait()
+        else:
+            bench.ring.put_nowait(1)
+            await bench.get_sync()
     task.cancel()
     assert turns >= 2

@@ -176,6 +176,7 @@ cdef class Putter(Sleeper):
         finally:
             self._left(&w, 0)
 
+    @cython.binding(False)
     def put(self, value, block=True, timeout=None, *, int dtype=-1, uint32_t key=0):
         """Put one value, waiting for room.
 
@@ -192,17 +193,20 @@ cdef class Putter(Sleeper):
         if not self._send(value, dtype, _timeout(block, timeout), self.execution, key, 0):
             raise _queue.Full
 
+    @cython.binding(False)
     def put_nowait(self, value):
         """put(value, block=False)."""
         if not self._send(value, -1, 0.0, self.execution, 0, 0):
             raise _queue.Full
 
+    @cython.binding(False)
     def send(self, value, int dtype=-1, double timeout=0.0, uint64_t execution=0, uint32_t key=0, int flags=0):
         """The runtime's put: True when it is in (or was dropped by policy), False when there was no room in time."""
         return self._send(value, dtype, timeout, execution, key, flags)
 
     cdef bint _send(self, value, int dtype, double timeout, uint64_t execution, uint32_t key, int flags) except -1:
         cdef Out o
+        cdef int rc
         self._begin()
         try:
             parts = _encode(value, dtype, &o, self.allow_pickle)
@@ -210,7 +214,8 @@ cdef class Putter(Sleeper):
             o.m.execution = execution
             o.m.key = key
             o.m.flags |= flags
-            return self._put(&o, parts, timeout) != UP_FULL
+            rc = self._try_put(&o, parts)
+            return rc == UP_OK or rc == UP_REFUSED or self._put(&o, parts, timeout) != UP_FULL
         finally:
             self._done()
 

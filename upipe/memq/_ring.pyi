@@ -1,5 +1,5 @@
 # Types of the native extension; _ring.pyx says what each name means. A test compares the two.
-from collections.abc import Awaitable, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Final, Generic, Literal, Self, TypeVar, final
 
@@ -161,3 +161,34 @@ class Ready(Awaitable[_T], Generic[_T]):
     def close(self) -> None: ...
 
 READY_TRUE: Ready[bool]
+
+@final
+class Way:
+    direct: bool
+    def __init__(self, direct: bool = True) -> None: ...
+
+class Port:
+    def __init__(
+        self, ring: Ring, way: Way, slow: Callable[..., Any], later: Callable[[Any], Any], every: int, *args: Any
+    ) -> None: ...
+
+@final
+class Emitter(Port):
+    def emit(self, value: object, dtype: int | None = None, *, to: str | None = None) -> Any: ...
+    def emit_sync(
+        self, value: object, dtype: int | None = None, *, timeout: float | None = None, to: str | None = None
+    ) -> Any: ...
+
+@final
+class Getter(Port):
+    def __init__(
+        self,
+        ring: Ring,
+        way: Way,
+        slow: Callable[..., Any],
+        later: Callable[[Any], Any],
+        every: int,
+        took: Callable[[], None],
+        unreadable: Callable[..., None],
+    ) -> None: ...
+    def get_sync(self, timeout: float | None = None) -> Any: ...

@@ -32,6 +32,7 @@ from upipe.errors import (
     EncodeError,
     EndOfStream,
     FrameCorrupt,
+    FrameError,
     FrameTooLarge,
     QueueClosed,
     QueueError,
@@ -167,4 +168,5 @@ include "_watching.pxi"
 include "_views.pxi"
 include "_fan.pxi"
 include "_ready.pxi"
+include "_port.pxi"
 include "_tally.pxi"

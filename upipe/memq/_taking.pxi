@@ -181,6 +181,7 @@ cdef class Taker(Putter):
             up_wake_consumers(&self.r, 1)
         return 0
 
+    @cython.binding(False)
     def get(self, block=True, timeout=None):
         """Take, copy and finish the next value: what multiprocessing.Queue.get does.
 
@@ -198,6 +199,7 @@ cdef class Taker(Putter):
         finally:
             self._done()
 
+    @cython.binding(False)
     def get_nowait(self):
         """get(block=False)."""
         cdef up_frame f
@@ -235,6 +237,7 @@ cdef class Taker(Putter):
         finally:
             self._done()
 
+    @cython.binding(False)
     def receive(self, double timeout=0.0):
         """The runtime's take: (True, value), (False, None) when empty, or None at the end of the stream."""
         cdef uint64_t pos = 0
@@ -245,6 +248,21 @@ cdef class Taker(Putter):
             if rc == UP_TOOBIG:
                 return (True, self._read(pos))
             return None if rc == UP_END else _NOTHING
+        finally:
+            self._done()
+
+    cdef object _receive(self):
+        """receive() without waiting but for a short spin: the value, _EMPTY or _ENDED."""
+        cdef uint64_t pos = 0
+        cdef int rc
+        self._begin()
+        try:
+            rc = self._try_take(&pos, True)
+            if rc == UP_EMPTY and self._spin(0):
+                rc = self._try_take(&pos, True)
+            if rc == UP_OK:
+                return self._read(pos)
+            return _ENDED if rc == UP_END else _EMPTY
         finally:
             self._done()
 

@@ -19,6 +19,7 @@ from typing import Any
 from upipe.errors import EndOfStream, FrameCorrupt, FrameError, NotInWorker
 from upipe.frame import ERROR, REPLY, DType, register_type
 from upipe.graph.plan import OutputPlan
+from upipe.memq._ring import Way
 from upipe.memq.queue import MemQ
 from upipe.runtime import messages
 from upipe.runtime.calls import CURRENT, Call
@@ -54,8 +55,8 @@ class Worker:
         self.bundle = bundle
         self.limit = assignment.frame_timeout or 0.0
         """Seconds a frame may take, 0 = no limit."""
-        self.direct = not self.limit and assignment.kind != "class"
-        """No call, drain, limit or checkpoints: a frame needs nothing but its queue. Written again only to False."""
+        self.way = Way(not self.limit and assignment.kind != "class")
+        """Direct: no call, drain, limit or checkpoints, so that frames need only their queue. Only ever closed."""
         self._calls = False
         """A frame of a call was seen."""
         self.inputs = Inputs(tuple(self._attach(name) for name in assignment.inputs), assignment.sources)
@@ -127,7 +128,7 @@ class Worker:
             if not data:
                 os._exit(1)  # the supervisor is gone
             if isinstance(messages.decode_to_worker(data), Drain):
-                self.direct = False
+                self.way.direct = False
                 self.inputs.interrupt()
                 if self.assignment.kind in SELF_DRIVEN:
                     self.outputs.interrupt()
@@ -149,7 +150,7 @@ class Worker:
     def emit(self, value: Any, dtype: int = -1, timeout: float | None = None, to: str | None = None) -> bool:
         """Emit, waiting for room up to `timeout` seconds (None: for ever). False when there was none."""
         only = self.outputs.only
-        if self.direct and only is not None and to is None and only.send(value, dtype):
+        if self.way.direct and only is not None and to is None and only.send(value, dtype):
             return True
         if self.try_emit(value, dtype, to):
             return True
@@ -209,7 +210,7 @@ class Worker:
         ring = self.inputs.last
         execution = ring.last_execution if ring is not None else 0
         if execution or self._calls:
-            self.direct, self._calls = False, True
+            self.way.direct, self._calls = False, True
             if call is None:
                 call = Call()
                 CURRENT.set(call)
@@ -228,7 +229,7 @@ class Worker:
             except FrameError as error:
                 self.unreadable(error)
                 continue
-            if not self.direct or inputs.last.last_execution:
+            if not self.way.direct or inputs.last.last_execution:
                 self.took()
             return value
 
@@ -260,7 +261,7 @@ class Worker:
             except FrameError as error:
                 self.unreadable(error)
                 continue
-            if found[0] and (not self.direct or inputs.last.last_execution):
+            if found[0] and (not self.way.direct or inputs.last.last_execution):
                 self.took()
             return found
 
