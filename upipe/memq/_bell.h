@@ -5,8 +5,8 @@
  * Owner: the sleeper creates and unlinks it; after kill -9 the sweep of its session removes it, and ringing it fails
  * (ENOENT, ENXIO or EPIPE), which tells the waker to wake somebody else. A child that the sleeper forked may hold it open:
  * then the ring is lost in it until the sleeper is recovered, which wakes everybody.
- * Rejected: a futex (asyncio cannot watch it, poll cannot join it with pidfds), eventfd (has no name), one FIFO per
- * queue (wakes the whole herd). A round trip costs what a futex's does: the wake-up of the other core decides.
+ * Rejected: a futex alone (asyncio cannot watch it, poll cannot join it with pidfds; threads nap on one first, _wake.h),
+ * eventfd (has no name), one FIFO per queue (wakes the whole herd).
  */
 #ifndef UPIPE_BELL_H
 #define UPIPE_BELL_H

@@ -93,6 +93,7 @@ static inline int up_take(up_ring *r, uint64_t *pos) {
     UP_STR(&c->next, *pos + span);
     UP_CRASH("taken");
     UP_ST(&c->taken, UP_LD(&c->taken) + 1);
+    UP_ST(&c->consumer_cpu, up_cpu());
     return UP_OK;
 }
 
@@ -111,6 +112,7 @@ static inline int up_consume(up_ring *r, up_frame *out) {
     UP_STR(&c->next, pos + span);
     UP_CRASH("consumed");
     UP_ST(&c->taken, UP_LD(&c->taken) + 1);
+    UP_ST(&c->consumer_cpu, up_cpu());
     return UP_OK; /* the caller calls up_advance, once for a batch */
 }
 

@@ -6,9 +6,11 @@ cdef class Doorbell:
     cdef readonly uint32_t id
     cdef public int sleepers      # threads that poll it, or are about to
     cdef public int tasks         # waits of event loops registered on it
+    cdef uint32_t *nap            # futex of the handle's slot, while it is mapped and joined
 
     def __cinit__(self, *args, **kwargs):
         self.fd = -1
+        self.nap = NULL
 
     def _made(self, int fd, uint32_t id):
         """Take over the descriptor."""
@@ -18,10 +20,13 @@ cdef class Doorbell:
     def _unmade(self):
         """Give the descriptor up; returns it, -1 when it is gone already."""
         fd, self.fd = self.fd, -1
+        self.nap = NULL
         return fd
 
     cdef void ring(self) noexcept:
         cdef char one = 1
+        if self.nap != NULL:
+            up_nap_wake(self.nap)
         if self.fd >= 0:
             c_write(self.fd, &one, 1)  # EAGAIN: it is readable already, with thousands of rings pending
 

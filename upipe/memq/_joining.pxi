@@ -16,7 +16,7 @@ cdef class Handle:
     cdef object watch             # PeerWatch of a stand-alone queue, made at the first long sleep
     cdef double looked            # when a try that cannot wait looked for dead peers last
     cdef object trouble           # an exception that get_many met after good values: raised by the next get
-    cdef int spin[2]
+    cdef int spin[2]              # pause instructions before the next sleep, per end
     cdef uint64_t execution       # execution id for the frames to come
     cdef readonly str label
     cdef object __weakref__

@@ -6,7 +6,7 @@
 #define UP_MAGIC 0x00514d4550495075ull
 #define UP_VERSION 1
 #define UP_FRAME_MAGIC 0x5055
-#define UP_FINGERPRINT 0x1244707au
+#define UP_FINGERPRINT 0x3ea67516u
 #define UP_GRANULE 64
 #define UP_CONTROL_BYTES 4096
 #define UP_SLOTS 512
@@ -92,7 +92,9 @@ typedef struct up_slot {
     uint64_t need_tail; /* a waiting producer wants tail to reach this position */
     uint32_t bell_producer; /* id of the doorbell for room, 0 = none */
     uint32_t producer; /* 1 + producer id opened by this slot on its own, 0 = none */
-    uint8_t pad0_[24];
+    uint32_t nap_consumer; /* futex for frames: 1 = a thread of this slot naps on it */
+    uint32_t nap_producer; /* futex for room: 1 = a thread of this slot naps on it */
+    uint8_t pad0_[16];
 } up_slot;
 _Static_assert(sizeof(up_slot) == 64, "up_slot");
 _Static_assert(offsetof(up_slot, pid) == 0, "up_slot.pid");
@@ -102,6 +104,8 @@ _Static_assert(offsetof(up_slot, pidns) == 16, "up_slot.pidns");
 _Static_assert(offsetof(up_slot, need_tail) == 24, "up_slot.need_tail");
 _Static_assert(offsetof(up_slot, bell_producer) == 32, "up_slot.bell_producer");
 _Static_assert(offsetof(up_slot, producer) == 36, "up_slot.producer");
+_Static_assert(offsetof(up_slot, nap_consumer) == 40, "up_slot.nap_consumer");
+_Static_assert(offsetof(up_slot, nap_producer) == 44, "up_slot.nap_producer");
 
 typedef struct up_producer {
     uint32_t state; /* 0 unused, 1 declared, 2 open, 3 closed */
@@ -134,7 +138,8 @@ typedef struct up_control {
     uint64_t head; /* position after the last claimed frame | selector of head_books */
     uint64_t cached_tail; /* producers' copy of tail; guarded by producer_lock */
     uint64_t last; /* position of the newest frame; a hint, guarded by producer_lock */
-    uint8_t pad1_[40];
+    uint32_t producer_cpu; /* 1 + CPU of the last claim: a consumer on the same one does not spin */
+    uint8_t pad1_[36];
     up_books head_books[2]; /* claimed frames and bytes, refused frames; the selected one is true */
     uint64_t consumer_lock[8]; /* robust mutex of the consumers' end */
     uint64_t next; /* position of the next frame to be taken; guarded by consumer_lock */
@@ -143,7 +148,8 @@ typedef struct up_control {
     uint64_t redelivered; /* frames given back so far (statistic) */
     uint64_t corrupt; /* frames refused for their CRC (statistic) */
     uint64_t taken; /* frames taken so far (statistic) */
-    uint8_t pad2_[16];
+    uint32_t consumer_cpu; /* 1 + CPU of the last take: a producer on the same one does not spin */
+    uint8_t pad2_[12];
     uint64_t tail; /* position before which everything is finished | selector of tail_books */
     uint8_t pad3_[56];
     up_books tail_books[2]; /* frames that tail passed, by how they ended; the selected one is true */
@@ -171,6 +177,7 @@ _Static_assert(offsetof(up_control, producer_lock) == 192, "up_control.producer_
 _Static_assert(offsetof(up_control, head) == 256, "up_control.head");
 _Static_assert(offsetof(up_control, cached_tail) == 264, "up_control.cached_tail");
 _Static_assert(offsetof(up_control, last) == 272, "up_control.last");
+_Static_assert(offsetof(up_control, producer_cpu) == 280, "up_control.producer_cpu");
 _Static_assert(offsetof(up_control, head_books) == 320, "up_control.head_books");
 _Static_assert(offsetof(up_control, consumer_lock) == 448, "up_control.consumer_lock");
 _Static_assert(offsetof(up_control, next) == 512, "up_control.next");
@@ -179,6 +186,7 @@ _Static_assert(offsetof(up_control, redeliver) == 528, "up_control.redeliver");
 _Static_assert(offsetof(up_control, redelivered) == 536, "up_control.redelivered");
 _Static_assert(offsetof(up_control, corrupt) == 544, "up_control.corrupt");
 _Static_assert(offsetof(up_control, taken) == 552, "up_control.taken");
+_Static_assert(offsetof(up_control, consumer_cpu) == 560, "up_control.consumer_cpu");
 _Static_assert(offsetof(up_control, tail) == 576, "up_control.tail");
 _Static_assert(offsetof(up_control, tail_books) == 640, "up_control.tail_books");
 _Static_assert(offsetof(up_control, consumers_waiting) == 768, "up_control.consumers_waiting");

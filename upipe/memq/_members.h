@@ -135,6 +135,8 @@ static int up_join_locked(up_ring *r) { /* caller holds registry_lock */
         if (UP_LD(&s->pid)) continue;
         UP_ST(&s->bell_consumer, 0);
         UP_ST(&s->bell_producer, 0);
+        UP_ST(&s->nap_consumer, 0);
+        UP_ST(&s->nap_producer, 0);
         UP_ST(&s->producer, 0);
         UP_ST(&s->need_tail, 0);
         UP_ST(&s->start, start);

@@ -47,6 +47,7 @@ static inline void up_publish(up_ring *r, uint64_t need, uint64_t frames, uint64
         UP_CRASH("note");
         UP_STR(&mine->frames, r->produced);
     }
+    UP_ST(&r->c->producer_cpu, up_cpu());
     UP_ST(&r->c->last, up_position(UP_LD(&r->c->head)) + (frames > 1 ? need - UP_GRANULE : 0)); /* batches are of granules */
     up_move_head(r, need, frames, bytes, 0);
 }

@@ -35,6 +35,8 @@ cdef extern from "_ring.h" nogil:
         uint64_t pidns
         uint64_t need_tail
         uint32_t bell_producer
+        uint32_t nap_consumer
+        uint32_t nap_producer
         uint32_t producer
 
     ctypedef struct up_producer:
@@ -149,6 +151,10 @@ cdef extern from "_ring.h" nogil:
     void up_wake_producers(up_ring *r)
     void up_wake_all(up_ring *r)
     void up_arm(up_ring *r, uint64_t *bits)
+    int up_spin(up_ring *r, int producer, uint64_t *word, uint64_t before, int n)
+    void up_nap_set(uint32_t *nap, uint32_t value)
+    int up_nap_sleep(uint32_t *nap, int64_t ns)
+    int up_nap_wake(uint32_t *nap)
     int up_disarm(up_ring *r, uint64_t *bits)
     int up_join_locked(up_ring *r)
     int up_set_producer(up_ring *r, uint32_t id, uint32_t state, uint32_t epoch)

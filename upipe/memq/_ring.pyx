@@ -19,7 +19,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.float cimport PyFloat_AS_DOUBLE
 from cpython.ref cimport Py_INCREF
 from cpython.unicode cimport PyUnicode_DecodeUTF8
-from libc.errno cimport EINTR, errno
+from libc.errno cimport EINTR, ETIMEDOUT, errno
 from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
@@ -84,6 +84,7 @@ cdef enum:
     LARGE = 32768           # payload bytes from which a copy runs without the GIL
     BATCH = 256             # frames moved per lock by put_many and get_many
     SPIN_MAX = 2000         # pause instructions before arming; halves when spinning did not help
+    SPIN_SHORT = 64         # so many are not worth giving the GIL away
 
 cdef double LOCK_PATIENCE = 10.0
 cdef double ALONE = 0.05    # seconds asleep before a stand-alone queue also watches its peers
@@ -139,6 +140,7 @@ cdef struct Waiting:
     uint64_t need               # ring bytes wanted
     double timeout, deadline    # seconds; deadline 0 = not started
     bint armed, fresh           # counted as a sleeper; armed since the last try
+    bint naps                   # the next sleep is a nap
     bint exact                  # asks for no more room than it needs
 
 
@@ -147,7 +149,7 @@ cdef inline void _waiting(Waiting *w, int producer, uint64_t need, double timeou
     w.need = need
     w.timeout = timeout
     w.deadline = 0
-    w.armed = w.fresh = w.exact = False
+    w.armed = w.fresh = w.exact = w.naps = False
 
 
 cdef object _handles = _weakref.WeakSet()

@@ -22,9 +22,11 @@ cdef class Sleeper(Handle):
                 return other
             if producer:
                 self.bell_room = bell
+                bell.nap = &self.r.slots[self.r.slot].nap_producer
                 self.r.slots[self.r.slot].bell_producer = bell.id
             else:
                 self.bell_frames = bell
+                bell.nap = &self.r.slots[self.r.slot].nap_consumer
                 self.r.slots[self.r.slot].bell_consumer = bell.id
         return bell
 
@@ -40,7 +42,7 @@ cdef class Sleeper(Handle):
 
     cdef int _spin(self, int producer) noexcept:
         """Spin while nothing changes; 1 when something did. The length follows how often spinning helped."""
-        cdef int _i, n = self.spin[producer]
+        cdef int n = self.spin[producer]
         cdef uint64_t *word = &self.r.c.tail
         cdef uint64_t before
         cdef int hit = 0
@@ -51,12 +53,11 @@ cdef class Sleeper(Handle):
             else:
                 word = up_state_at(&self.r, before)  # the next frame is being written: wait for its commit
         before = UP_LD(word)
-        with nogil:
-            for _i in range(n):
-                UP_PAUSE()
-                if UP_LD(word) != before:
-                    hit = 1
-                    break
+        if n < SPIN_SHORT:
+            hit = up_spin(&self.r, producer, word, before, n)
+        else:
+            with nogil:
+                hit = up_spin(&self.r, producer, word, before, n)
         if hit:
             self.spin[producer] = min(SPIN_MAX, n * 2 + 16)
         else:
@@ -150,20 +151,27 @@ cdef class Sleeper(Handle):
         if w.timeout <= 0 or self.interrupted:
             return w.deadline == 0 and not self.supervised and self._peers_ended()
         if w.deadline == 0:
-            w.deadline = _now() + w.timeout
+            w.deadline = INFINITY if w.timeout == INFINITY else _now() + w.timeout
             if self._spin(w.producer):
                 return True
         if not w.fresh:  # arm, and let the caller try once more before we sleep
             bell = self._bell(w.producer)
             if not w.armed:
-                w.armed = True
+                w.armed = w.naps = True
                 bell.sleepers += 1
+            if w.naps and bell.nap != NULL:  # before the bit: who clears that sees this
+                up_nap_set(bell.nap, 1)
             self._arm(w.producer, bell, w.need, not w.exact)
             w.fresh = True
             return True
         w.fresh = False
         try:
-            rc = self._sleep(w.producer, w.deadline, w.need != 0 and not w.exact)
+            bell = self._bell(w.producer)
+            if w.naps and bell.nap != NULL:
+                w.naps = self.supervised
+                rc = self._nap(bell.nap, w.deadline, w.need != 0 and not w.exact)
+            else:
+                rc = self._sleep(w.producer, w.deadline, w.need != 0 and not w.exact)
         except BaseException:
             self._left(w, 0)
             raise
@@ -182,8 +190,26 @@ cdef class Sleeper(Handle):
         if w.armed:
             w.armed = False
             bell.sleepers -= 1
+            if bell.sleepers == 0 and bell.nap != NULL:
+                up_nap_set(bell.nap, 0)
             self._left_bell(w.producer)
         return rc
+
+    cdef int _nap(self, uint32_t *nap, double deadline, bint lazy) except -1:
+        """Sleep until woken, the deadline, or in a stand-alone queue until peers must be watched. As _sleep()."""
+        cdef int rc
+        cdef double most = LAZY if lazy else INFINITY if self.supervised else ALONE
+        if deadline != INFINITY:
+            most = min(most, deadline - _now())
+        if most <= 0 or self.interrupted or self.closed:
+            return 1 if most > 0 or _now() < deadline else 0
+        with nogil:
+            rc = up_nap_sleep(nap, -1 if most > 1e6 else <int64_t>(most * 1e9))
+        if rc == EINTR:
+            PyErr_CheckSignals()
+        if rc != ETIMEDOUT:
+            return 1
+        return 0 if deadline != INFINITY and _now() >= deadline else 2 if lazy else 1
 
     cdef int _sleep(self, int producer, double deadline, bint lazy) except -1:
         """Sleep until the bell, a peer's death or the deadline. 0 when the deadline passed, 2 when LAZY did, else 1."""

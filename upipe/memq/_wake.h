@@ -13,6 +13,39 @@
 #include "_bell.h"
 #include "_segment.h"
 
+#include <limits.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+
+/* Wait for a word to change for `n` pause instructions; not at all while the other end cannot run, since it shares our CPU. */
+static inline int up_spin(up_ring *r, int producer, uint64_t *word, uint64_t before, int n) {
+    if (UP_LD(producer ? &r->c->consumer_cpu : &r->c->producer_cpu) == up_cpu()) return 0;
+    for (int i = 0; i < n; i++) {
+        UP_PAUSE();
+        if (UP_LD(word) != before) return 1;
+    }
+    return 0;
+}
+
+/* A thread's first sleep is a nap on a futex in its slot: half the system calls of a doorbell. The word is 1 from before the
+ * bit is set until somebody wakes it (or the last thread leaves); a nap is short, or watched by a supervisor, since a futex
+ * cannot be waited for together with pidfds. */
+static inline uint32_t *up_nap(up_slot *s, int producer) { return producer ? &s->nap_producer : &s->nap_consumer; }
+
+static inline void up_nap_set(uint32_t *nap, uint32_t value) { __atomic_store_n(nap, value, __ATOMIC_SEQ_CST); }
+
+/* Nap until woken, at most `ns` (negative: for ever). 0 when woken or never asleep, else errno. */
+static int up_nap_sleep(uint32_t *nap, int64_t ns) {
+    struct timespec t = {ns / 1000000000, ns % 1000000000};
+    return syscall(SYS_futex, nap, FUTEX_WAIT, 1, ns < 0 ? NULL : &t, NULL, 0) == 0 || errno == EAGAIN ? 0 : errno;
+}
+
+/* Wake all threads that nap there. 1 when there were any: 0 also when they are about to, or dead, and the bell decides. */
+static int up_nap_wake(uint32_t *nap) {
+    if (!UP_LD(nap) || !__atomic_exchange_n(nap, 0, __ATOMIC_SEQ_CST)) return 0;
+    return syscall(SYS_futex, nap, FUTEX_WAKE, INT_MAX, NULL, NULL, 0) > 0;
+}
+
 static int up_bell_slot(up_ring *r, uint32_t slot, int producer) {
     up_slot *s = &r->slots[slot];
     uint32_t pid = UP_LDA(&s->pid), id = producer ? UP_LD(&s->bell_producer) : UP_LD(&s->bell_consumer);
@@ -25,6 +58,7 @@ static int up_wake_one(up_ring *r, uint64_t *bits, uint32_t word, uint32_t bit, 
     uint64_t mask = 1ull << bit;
     if (!(__atomic_fetch_and(&bits[word], ~mask, __ATOMIC_SEQ_CST) & mask)) return 0; /* another waker was first */
     UP_CRASH("wake");
+    if (up_nap_wake(up_nap(&r->slots[word * 64 + bit], producer))) return 1;
     int rc = up_bell_slot(r, word * 64 + bit, producer);
     if (rc == UP_BELL_BROKE) __atomic_fetch_or(&bits[word], mask, __ATOMIC_SEQ_CST);
     return rc == 0;
@@ -79,7 +113,10 @@ static void up_wake_all(up_ring *r) {
  * given a wake that it did not use. Who is not asleep looks once too often. */
 static void up_ring_everybody(up_ring *r) {
     for (uint32_t i = 0; i < UP_SLOTS; i++)
-        for (int producer = 0; UP_LD(&r->slots[i].pid) && producer < 2; producer++) (void)up_bell_slot(r, i, producer);
+        for (int producer = 0; UP_LD(&r->slots[i].pid) && producer < 2; producer++) {
+            (void)up_nap_wake(up_nap(&r->slots[i], producer));
+            (void)up_bell_slot(r, i, producer);
+        }
 }
 
 static inline void up_arm(up_ring *r, uint64_t *bits) { /* SYNC waiting: after this, look again before sleeping */

@@ -76,6 +76,7 @@ CONTROL = (
     Field(256, "uint64_t", "head", 0, "position after the last claimed frame | selector of head_books"),
     Field(264, "uint64_t", "cached_tail", 0, "producers' copy of tail; guarded by producer_lock"),
     Field(272, "uint64_t", "last", 0, "position of the newest frame; a hint, guarded by producer_lock"),
+    Field(280, "uint32_t", "producer_cpu", 0, "1 + CPU of the last claim: a consumer on the same one does not spin"),
     Field(320, "up_books", "head_books", 2, "claimed frames and bytes, refused frames; the selected one is true"),
     Field(448, "uint64_t", "consumer_lock", 8, "robust mutex of the consumers' end"),
     Field(512, "uint64_t", "next", 0, "position of the next frame to be taken; guarded by consumer_lock"),
@@ -84,6 +85,7 @@ CONTROL = (
     Field(536, "uint64_t", "redelivered", 0, "frames given back so far (statistic)"),
     Field(544, "uint64_t", "corrupt", 0, "frames refused for their CRC (statistic)"),
     Field(552, "uint64_t", "taken", 0, "frames taken so far (statistic)"),
+    Field(560, "uint32_t", "consumer_cpu", 0, "1 + CPU of the last take: a producer on the same one does not spin"),
     Field(576, "uint64_t", "tail", 0, "position before which everything is finished | selector of tail_books"),
     Field(640, "up_books", "tail_books", 2, "frames that tail passed, by how they ended; the selected one is true"),
     Field(768, "uint64_t", "consumers_waiting", 8, "bit per slot: asleep until a frame comes"),
@@ -110,6 +112,8 @@ SLOT = (
     Field(24, "uint64_t", "need_tail", 0, "a waiting producer wants tail to reach this position"),
     Field(32, "uint32_t", "bell_producer", 0, "id of the doorbell for room, 0 = none"),
     Field(36, "uint32_t", "producer", 0, "1 + producer id opened by this slot on its own, 0 = none"),
+    Field(40, "uint32_t", "nap_consumer", 0, "futex for frames: 1 = a thread of this slot naps on it"),
+    Field(44, "uint32_t", "nap_producer", 0, "futex for room: 1 = a thread of this slot naps on it"),
 )
 
 PRODUCER = (
