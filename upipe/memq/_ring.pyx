@@ -142,6 +142,7 @@ cdef struct Waiting:
     bint armed, fresh           # counted as a sleeper; armed since the last try
     bint naps                   # the next sleep is a nap
     bint exact                  # asks for no more room than it needs
+    int unless                  # gives up when this descriptor becomes readable, -1 = none
 
 
 cdef inline void _waiting(Waiting *w, int producer, uint64_t need, double timeout) noexcept:
@@ -149,6 +150,7 @@ cdef inline void _waiting(Waiting *w, int producer, uint64_t need, double timeou
     w.need = need
     w.timeout = timeout
     w.deadline = 0
+    w.unless = -1
     w.armed = w.fresh = w.exact = w.naps = False
 
 

@@ -157,7 +157,8 @@ cdef class Sleeper(Handle):
         if not w.fresh:  # arm, and let the caller try once more before we sleep
             bell = self._bell(w.producer)
             if not w.armed:
-                w.armed = w.naps = True
+                w.armed = True
+                w.naps = w.unless < 0
                 bell.sleepers += 1
             if w.naps and bell.nap != NULL:  # before the bit: who clears that sees this
                 up_nap_set(bell.nap, 1)
@@ -171,7 +172,7 @@ cdef class Sleeper(Handle):
                 w.naps = self.supervised
                 rc = self._nap(bell.nap, w.deadline, w.need != 0 and not w.exact)
             else:
-                rc = self._sleep(w.producer, w.deadline, w.need != 0 and not w.exact)
+                rc = self._sleep(w.producer, w.deadline, w.need != 0 and not w.exact, w.unless)
         except BaseException:
             self._left(w, 0)
             raise
@@ -211,15 +212,18 @@ cdef class Sleeper(Handle):
             return 1
         return 0 if deadline != INFINITY and _now() >= deadline else 2 if lazy else 1
 
-    cdef int _sleep(self, int producer, double deadline, bint lazy) except -1:
-        """Sleep until the bell, a peer's death or the deadline. 0 when the deadline passed, 2 when LAZY did, else 1."""
-        cdef pollfd fds[2]
+    cdef int _sleep(self, int producer, double deadline, bint lazy, int unless) except -1:
+        """Sleep until the bell, a peer's death or the deadline. 0 when the deadline passed or `unless` is readable,
+        2 when LAZY passed, else 1."""
+        cdef pollfd fds[3]
         cdef int n = 1, rc = 0, timeout
         cdef double left, start = _now(), most
         cdef Doorbell bell = self._bell(producer)
         fds[0].fd = bell.fd
         fds[0].events = POLLIN
         fds[1].events = POLLIN
+        fds[2].fd = unless
+        fds[2].events = POLLIN
         while True:
             left = most = deadline - _now()
             if left <= 0:
@@ -229,6 +233,7 @@ cdef class Sleeper(Handle):
                 if most <= 0:
                     return 2
             n = 1
+            fds[1].fd = -1  # which poll leaves out
             if not self.supervised:
                 if self.watch is not None and self.watch.joined == self.r.c.joined:
                     fds[1].fd = self.watch.fd
@@ -241,7 +246,7 @@ cdef class Sleeper(Handle):
                         continue
             timeout = -1 if most > 1e6 else <int>(most * 1000) + 1
             with nogil:
-                rc = c_poll(fds, n, timeout)
+                rc = c_poll(fds, n if unless < 0 else 3, timeout)
             if rc < 0 and errno != EINTR:
                 raise OSError(errno, "poll failed while waiting for a queue")
             if rc < 0:
@@ -254,7 +259,7 @@ cdef class Sleeper(Handle):
                     up_bell_drain(fds[0].fd)
                 if n == 2 and fds[1].revents:
                     self._watch()
-                return 1
+                return 1 if fds[0].revents or fds[1].fd >= 0 and fds[1].revents else 0
 
     cdef bint _watch(self) except -1:
         """Watch the pidfds of all peers. True when some had ended: they are recovered, so try again."""

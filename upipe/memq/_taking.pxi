@@ -57,15 +57,16 @@ cdef class Taker(Putter):
             return UP_NOTYOURS
         return up_finish(&self.r, pos, kind)
 
-    cdef int _wait_frame(self, uint64_t *pos, up_frame *out, bint holding, double timeout) except -100:
-        """Take, or with out != NULL consume, waiting up to timeout. UP_OK: consumed into *out. UP_TOOBIG: taken at
-        *pos. UP_CORRUPT: buried, see *out. UP_EMPTY, UP_END."""
+    cdef int _wait_frame(self, uint64_t *pos, up_frame *out, bint holding, double timeout, int unless) except -100:
+        """Take, or with out != NULL consume, waiting up to timeout, while `unless` (-1: none) is not readable.
+        UP_OK: consumed into *out. UP_TOOBIG: taken at *pos. UP_CORRUPT: buried, see *out. UP_EMPTY, UP_END."""
         cdef Waiting w
         cdef int rc
         if self.trouble is not None:
             error, self.trouble = self.trouble, None
             raise error
         _waiting(&w, 0, 0, timeout)
+        w.unless = unless
         try:
             while True:
                 rc = self._try_consume(out) if out != NULL else UP_TOOBIG
@@ -125,7 +126,11 @@ cdef class Taker(Putter):
     cdef object _get(self, double timeout, up_frame *f):
         """get(); the frame's header into *f."""
         cdef uint64_t pos = 0
-        cdef int rc = self._wait_frame(&pos, f, False, timeout)
+        cdef int rc = self._wait_frame(&pos, f, False, timeout, -1)
+        return self._got(rc, pos, f)
+
+    cdef object _got(self, int rc, uint64_t pos, up_frame *f):
+        """The value that _wait_frame found, or why there is none."""
         if rc == UP_OK:
             self.last = f[0]
             return _decode(f, None, self.allow_pickle)
@@ -209,6 +214,20 @@ cdef class Taker(Putter):
         finally:
             self._done()
 
+    @cython.binding(False)
+    def get_or(self, default, double timeout=0.0, int unless=-1):
+        """get(), but `default` when nothing came in time, or as soon as the descriptor `unless` is readable (that of an
+        event loop with nothing to do, in whose stead we sleep)."""
+        cdef up_frame f
+        cdef uint64_t pos = 0
+        cdef int rc
+        self._begin()
+        try:
+            rc = self._wait_frame(&pos, &f, False, timeout, unless)
+            return default if rc == UP_EMPTY else self._got(rc, pos, &f)
+        finally:
+            self._done()
+
     def get_keyed(self, double timeout):
         """(value, key in its header): get() for who puts a meaning into keys."""
         cdef up_frame f
@@ -230,7 +249,7 @@ cdef class Taker(Putter):
         cdef int rc
         self._begin()
         try:
-            rc = self._wait_frame(&pos, NULL, True, wait)
+            rc = self._wait_frame(&pos, NULL, True, wait, -1)
             if rc != UP_TOOBIG:
                 self._nothing(rc, &none)
             return self._read(pos)
@@ -238,13 +257,14 @@ cdef class Taker(Putter):
             self._done()
 
     @cython.binding(False)
-    def receive(self, double timeout=0.0):
-        """The runtime's take: (True, value), (False, None) when empty, or None at the end of the stream."""
+    def receive(self, double timeout=0.0, int unless=-1):
+        """The runtime's take: (True, value), (False, None) when empty, or None at the end of the stream. Waits up to
+        `timeout` seconds, but only as long as the descriptor `unless` is not readable."""
         cdef uint64_t pos = 0
         cdef int rc
         self._begin()
         try:
-            rc = self._wait_frame(&pos, NULL, True, timeout)
+            rc = self._wait_frame(&pos, NULL, True, timeout, unless)
             if rc == UP_TOOBIG:
                 return (True, self._read(pos))
             return None if rc == UP_END else _NOTHING

@@ -12,12 +12,13 @@ from typing import Any, Literal, Self
 from upipe.errors import EndOfStream, QueueNotFound
 from upipe.memq import _ring, segment
 from upipe.memq.stats import QueueStats
-from upipe.memq.wakeup import AsyncWait
+from upipe.memq.wakeup import AsyncWait, lull
 from upipe.settings import DEFAULT_QUEUE_BYTES
 
 Policy = Literal["block", "drop_oldest", "latest"]
 POLICIES: dict[str, int] = {"block": 0, "drop_oldest": 1, "latest": 2}
 _NO_PICKLE, _NO_CRC, _SUPERVISED = 1, 2, 4
+_NOTHING = object()
 
 
 class MemQ(_ring.Ring):
@@ -150,18 +151,21 @@ class MemQ(_ring.Ring):
         Raises:
             queue.Empty: after `timeout` seconds (None waits for ever). EndOfStream, FrameCorrupt.
         """
-        try:
-            return self.get_nowait()
-        except Empty:
-            pass  # wait for one
+        value = self.get_or(_NOTHING)
+        if value is not _NOTHING:
+            return value
+        quiet = lull(timeout)
+        if quiet is not None:
+            value = self.get_or(_NOTHING, *quiet)
+            if value is not _NOTHING:
+                return value
         deadline = None if timeout is None else time.monotonic() + timeout
         waiting = AsyncWait((self,), 0)
         try:
             while await waiting.sleep(_left(deadline)):
-                try:
-                    return self.get_nowait()
-                except Empty:
-                    continue
+                value = self.get_or(_NOTHING)
+                if value is not _NOTHING:
+                    return value
         finally:
             waiting.leave()
         raise Empty

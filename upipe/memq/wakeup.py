@@ -17,7 +17,7 @@ import select
 import threading
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from upipe.memq import segment
 from upipe.memq._ring import Doorbell
@@ -290,6 +290,28 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+LULL = 1.0
+"""Most seconds that a task sleeps for its loop at once."""
+
+
+def lull(timeout: float | None) -> tuple[float, int] | None:
+    """When the running loop has nothing else to do: (seconds until it has, or `timeout`; its descriptor).
+
+    The task may then sleep in its stead, as long as that descriptor is quiet, and a frame need not travel through
+    selector, handle, future and task, which is most of the way. None with another kind of loop, and in debug mode, which
+    would call that slow.
+    """
+    loop: Any = asyncio.get_running_loop()
+    try:
+        if loop._ready or loop._stopping or loop._debug:
+            return None
+        fd, timers = loop._selector.fileno(), loop._scheduled
+        seconds = min(LULL if timeout is None else timeout, timers[0]._when - loop.time() if timers else LULL)
+    except AttributeError:  # uvloop, and whatever comes
+        return None
+    return (seconds, fd) if fd >= 0 and seconds > 0 else None
 
 
 class AsyncWait:

@@ -12,7 +12,7 @@ from typing import Any
 from upipe.errors import EndOfStream
 from upipe.graph.plan import OutputPlan
 from upipe.memq._ring import Ring, fan_send
-from upipe.memq.wakeup import AsyncWait
+from upipe.memq.wakeup import AsyncWait, lull
 from upipe.runtime.waits import CONSUMER, PRODUCER, BlockingWait
 from upipe.runtime.worker_state import KeyFunction, key_hash
 
@@ -124,6 +124,11 @@ class Inputs:
                 self._spins = min(SPINS, self._spins + tried)
                 return found[1]
         self._spins = max(2, self._spins // 2)  # spinning did not help: the producer is slow
+        quiet = lull(timeout) if len(self.rings) == 1 and not self.covering and not self.draining else None
+        if quiet is not None:
+            slept = self.rings[0].receive(*quiet)
+            if slept is not None and slept[0]:
+                return slept[1]
         deadline = _deadline(timeout)
         waiting = AsyncWait(tuple(self.rings), CONSUMER)
         try:
