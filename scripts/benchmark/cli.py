@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from benchmark import cases, limits, machine, processes, render, schedule, stats, targets
+from benchmark import cases, limits, machine, processes, regress, render, schedule, stats, targets
 from benchmark.peers import PEERS
 
 QUICK_BUDGET = 85.0
@@ -24,6 +24,8 @@ FULL_BUDGET = 45 * 60.0
 @click.option("--peer", "peers", multiple=True, help="Only this peer, such as pyzmq or pyzmq.ipc (again for more).")
 @click.option("--json", "into", type=click.Path(path_type=Path), help="Write everything there, too.")
 @click.option("--chart", type=click.Path(path_type=Path), help="Draw there: FILE.png and FILE.svg are written.")
+@click.option("--check", type=click.Path(path_type=Path, exists=True), help="Fail when a ratio is far below the one there.")
+@click.option("--baseline", type=click.Path(path_type=Path), help="Write the ratios there, for --check.")
 @click.option("--budget", type=float, help="Seconds after which no further round begins.")
 @click.option("--list", "listing", is_flag=True, help="Name the cases and the peers.")
 def main(
@@ -32,6 +34,8 @@ def main(
     peers: tuple[str, ...],
     into: Path | None,
     chart: Path | None,
+    check: Path | None,
+    baseline: Path | None,
     budget: float | None,
     listing: bool,
 ) -> None:
@@ -74,6 +78,13 @@ def main(
         from benchmark.chart import draw
 
         draw(tables, about, chart)
+    if baseline is not None:
+        regress.write(tables, baseline)
+    worse = regress.problems(tables, check) if check is not None else []
+    for text in worse:
+        console.print(f"worse: {text}", style="bold red", highlight=False)
+    if worse:
+        sys.exit(1)
 
 
 def _check_peers(peers: tuple[str, ...]) -> None:

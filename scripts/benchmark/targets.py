@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 from benchmark.stats import Row, Table
@@ -113,11 +113,11 @@ def _judge(target: Target, table: Table) -> Verdict:
 
 
 def _sure(verdict: str, target: Target, mine: list[float], theirs: list[float]) -> str:
-    """The verdict, unless there are too few repeats or their spread holds both answers."""
+    """The verdict, unless there are too few repeats, or the middle half of all pairs of them holds both answers."""
     runs = min(len(mine), len(theirs))
     if runs < ENOUGH:
         return f"unclear: {runs} of {ENOUGH} runs ({verdict})"
-    low, high = min(mine) / max(theirs), max(mine) / min(theirs)
+    low, _, high = quantiles([one / other for one in mine for other in theirs if other], n=4)
     if low < target.factor < high:
         return f"unclear: {low:.3g} to {high:.3g} ({verdict})"
     return verdict

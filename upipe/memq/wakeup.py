@@ -300,8 +300,8 @@ def lull(timeout: float | None) -> tuple[float, int] | None:
     """When the running loop has nothing else to do: (seconds until it has, or `timeout`; its descriptor).
 
     The task may then sleep in its stead, as long as that descriptor is quiet, and a frame need not travel through
-    selector, handle, future and task, which is most of the way. None with another kind of loop, and in debug mode, which
-    would call that slow.
+    selector, handle, future and task, which is most of the way. None with another kind of loop, and in debug mode,
+    which would call that slow.
     """
     loop: Any = asyncio.get_running_loop()
     try:
