@@ -11,24 +11,20 @@ cdef class Ring(Taker):
     cdef uint64_t _claim(self, up_meta *m, double timeout) except? 0:
         """Claim room for a frame whose payload is written in place."""
         cdef Waiting w
-        cdef uint64_t need = up_need(m.size, m.flags), pos
-        cdef int rc
+        cdef uint64_t need = up_need(m.size, m.flags), pos = 0
+        cdef int rc = UP_FULL
         self._fits(need)
         _waiting(&w, 1, need, timeout)
-        if self.r.c.policy == UP_POLICY_LATEST:
-            self._clear(need)
         try:
             while True:
                 self._lock(self.r.c.producer_lock)
-                rc = up_room(&self.r, need, 1)
-                pos = up_claim(&self.r, need, m.size) if rc == UP_OK else 0
-                up_unlock(self.r.c.producer_lock)
+                try:
+                    rc = self._admit(need)
+                    if rc == UP_OK:
+                        pos = up_claim(&self.r, need, m.size)
+                finally:
+                    up_unlock(self.r.c.producer_lock)
                 if rc == UP_OK:
-                    return pos
-                if self._skip_padding() or (
-                        self.r.c.policy != UP_POLICY_BLOCK and self._full(need, False) == UP_AGAIN):
-                    continue
-                if self.r.c.policy not in (UP_POLICY_BLOCK, UP_POLICY_DISCARD) and self._replace(need, &pos):
                     return pos
                 if not self._again(&w):
                     raise _queue.Full
@@ -258,11 +254,11 @@ cdef class Ring(Taker):
     def full(self):
         """True when not even a frame of 8 bytes has room (a moment's truth)."""
         self._open()
-        self._skip_padding()
         self._lock(self.r.c.producer_lock)
-        cdef bint none = up_room(&self.r, UP_GRANULE, 1) != UP_OK
-        up_unlock(self.r.c.producer_lock)
-        return none
+        try:
+            return self._room(UP_GRANULE) != UP_OK
+        finally:
+            up_unlock(self.r.c.producer_lock)
 
     cdef int _open(self) except -1:
         if self.closed or not self.mapped:
