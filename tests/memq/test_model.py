@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.memq.helpers import FORK, Memory, end
 from upipe.errors import EndOfStream, FrameCorrupt
 from upipe.memq.queue import POLICIES, Empty, Full, MemQ
+from upipe.memq.segment import start_time
 
 CAPACITY = 4096
 GRANULE = 64
@@ -385,7 +386,7 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.helper is not None)
     @rule()
     def crash_and_recover(self):
-        pid = self.helper.process.pid
+        pid, start = self.helper.process.pid, start_time(self.helper.process.pid)
         self.helper.kill()
         self.helper = None
         for f in self.model.frames:
@@ -395,7 +396,7 @@ class QueueMachine(RuleBasedStateMachine):
         for f in self.model.frames[: self.model.next]:
             if f.owner == "helper" and f.state == HELD:
                 self.model.give_back(f)
-        assert self.q.recover(pid) == []
+        assert self.q.recover(pid, start) == []
 
     # what must hold after each rule
 
