@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 
 from isal import isal_zlib
 
-from upipe._codecs import decode, dumps, encode
+from upipe._codecs import decode, encode
+from upipe._codecs.pickles import dumps
 from upipe._types import (
     ALIGN,
     ERROR,

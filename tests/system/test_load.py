@@ -112,8 +112,8 @@ async def test_workers_go_on_while_the_caller_does_not_listen() -> None:
 
 
 async def test_workers_between_checkpoints_do_not_hold_up_an_input_while_the_other_is_never_empty() -> None:
-    """Each of them may hold the one frame that pins the short queue, and get frames of the other queue only. (Which one it
-    is depends on the timing; tests/runtime/test_stateful.py has the case for certain.)"""
+    """Each of them may hold the one frame that pins the short queue, and get frames of the other queue only. (Which one
+    it is depends on the timing; tests/runtime/test_stateful.py has the case for certain.)"""
     pipe = Pipe("held", settings=Settings(start_method="fork"))
     tally = Processor("tally", jobs.Tally, workers=2, checkpoint_every=1_000_000_000)
     pipe.connect(Processor("pages", jobs.pages), tally, size=64 * 1024)

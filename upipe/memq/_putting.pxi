@@ -98,8 +98,8 @@ cdef class Putter(Sleeper):
         return rc
 
     cdef int _room(self, uint64_t need) except -100:
-        """Under the producers' lock: is there room, with nothing dropped? Padding that no consumer passed goes. UP_OK or
-        UP_FULL."""
+        """Under the producers' lock: is there room, with nothing dropped? Padding that no consumer passed goes. UP_OK
+        or UP_FULL."""
         cdef uint64_t before, pos, span
         if up_room(&self.r, need, 1) == UP_OK:
             return UP_OK

@@ -91,8 +91,9 @@ cdef class Ring(Taker):
                 if self.r.slots[i].pid and self.r.slots[i].pid != mine]
 
     def recover(self, uint32_t pid, uint64_t start, uint64_t max_deliveries=0, covered=()):
-        """Recover one dead process (a supervisor): that with this pid and start time (ticks after boot, as in peers()), so
-        that a later process of the same number is left alone. Frames in `covered` (positions in a checkpoint) are finished.
+        """Recover one dead process (a supervisor): that with this pid and start time (ticks after boot, as in peers()),
+        so that a later process of the same number is left alone. Frames in `covered` (positions in a checkpoint) are
+        finished.
 
         Returns the positions of frames that reached max_deliveries: this handle holds them now, for end(dead=True).
 

@@ -23,8 +23,8 @@ class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
     """Payload bytes of them."""
     refused: int
-    """Frames that a drop policy dropped at the producers' end: newcomers without room, and the newest waiting frame when a
-    newcomer took its place (it counts as claimed no more)."""
+    """Frames that a drop policy dropped at the producers' end: newcomers without room, and the newest waiting frame
+    when a newcomer took its place (it counts as claimed no more)."""
     passed: int
     """Frames whose place is free again."""
     finished: int

@@ -108,7 +108,7 @@ def _end(error: BaseException | None, overheard: Overheard) -> None:
 
 
 def _report(error: BaseException, last_words: str) -> None:
-    """It failed before it connected: say why, and what it said last. (A message of sys.exit is printed by Python itself.)"""
+    """It failed before it connected: say why, and its last words. (What sys.exit was given, Python prints itself.)"""
     told = describe(error)
     said = f"{told.traceback}--- its last lines on standard error ---\n{last_words}\n" if last_words else told.traceback
     if not isinstance(error, SystemExit):

@@ -31,8 +31,8 @@ class Graves:
         self._most = {one.name: one.max_deliveries for one in spec.processors}
 
     def recover(self, worker: WorkerPlan, ends: list[str], pid: int, start: int) -> list[tuple[int, ProcessorError]]:
-        """Give back what a dead worker held; without its pid or start time (0: not known, so that it cannot be told from
-        another process of that number) what any dead process holds on its queues. Idempotent.
+        """Give back what a dead worker held; without its pid or start time (0: not known, so that it cannot be told
+        from another process of that number) what any dead process holds on its queues. Idempotent.
 
         Returns the calls whose frames were buried, as (execution, error).
 

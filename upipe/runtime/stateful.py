@@ -43,7 +43,7 @@ class Stateful:
         self.covered: list[tuple[Any, int]] = []
         """Frames in the state and in no checkpoint yet, as (ring, position); all of them are held."""
         self._first: dict[Any, int] = {}
-        """Per ring, the oldest position of those. A ring's room ends there, however much other workers finished behind."""
+        """Per ring, the oldest position of those. Its room ends there, however much other workers finished behind."""
 
     def run(self) -> None:
         """setup or restore, the stream, teardown."""

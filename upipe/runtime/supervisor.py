@@ -50,7 +50,6 @@ from upipe.runtime.events import (
 )
 from upipe.runtime.restarts import Restarts
 
-
 UNCONNECTED = 3
 """Deaths of a script's processes, none of which ever connected, after which its pipe fails: it cannot run here."""
 
@@ -285,8 +284,8 @@ class Supervisor:
         told = f" (last: {slot.name}, {last}){': ' + slot.error if slot.error else ''}"
         if delay is None:
             return (
-                f"processor {name!r}: its workers died {crew.restarts.count} times within {crew.spec.restart.window:g} s, "
-                f"more than restart.limit={crew.spec.restart.limit} allows{told}"
+                f"processor {name!r}: its workers died {crew.restarts.count} times within "
+                f"{crew.spec.restart.window:g} s, more than restart.limit={crew.spec.restart.limit} allows{told}"
             )
         if crew.spec.kind == "entry" and not crew.connected and status != -9:  # SIGKILL: somebody else's doing
             crew.unconnected += 1
