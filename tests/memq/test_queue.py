@@ -1421,3 +1421,18 @@ def test_a_process_with_two_handles_is_one_participant(queue):
     assert (q.stats().participants, q.stats().handles) == (1, 2)
     other.close()
     assert (q.stats().participants, q.stats().handles) == (1, 1)
+
+
+@pytest.mark.parametrize("policy", ["drop_oldest", "latest"])
+def test_an_emit_that_finds_no_room_in_one_queue_drops_nothing_in_another(queue, policy):
+    lossy, blocks = queue(4096, policy=policy), queue(4096)
+    assert lossy.put_many(range(64)) == 64
+    assert blocks.put_many(range(64)) == 64
+    waiting_before = lossy.qsize()
+    assert not _ring.fan_send((lossy, blocks), "new")
+    assert lossy.qsize() == waiting_before
+    assert blocks.get() == 0
+    assert _ring.fan_send((lossy, blocks), "new")
+    assert lossy.get_many()[-1] == blocks.get_many()[-1] == "new"
+    assert lossy.stats().balanced
+    assert blocks.stats().balanced
