@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import reprlib
 import struct
+import zlib
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, NamedTuple, TypeAlias, TypeVar, overload
 
 import numpy as np
-from isal import isal_zlib
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Part: TypeAlias = bytes | memoryview
@@ -143,7 +143,7 @@ T = TypeVar("T")
 
 def custom_code(name: str) -> int:
     """The DType code of a custom type, from its name alone, so that every process finds the same one."""
-    return CUSTOM_BASE + isal_zlib.crc32(name.encode()) % CUSTOM_CODES
+    return CUSTOM_BASE + zlib.crc32(name.encode()) % CUSTOM_CODES
 
 
 def dtype_name(code: int) -> str:

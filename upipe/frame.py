@@ -10,9 +10,8 @@ import reprlib
 import time
 from typing import Any, NoReturn
 
-from isal import isal_zlib
-
-from upipe._codecs import decode, dumps, encode
+from upipe._codecs import decode, encode
+from upipe._codecs.pickles import dumps
 from upipe._types import (
     ALIGN,
     ERROR,
@@ -63,7 +62,9 @@ _UNREAD = object()
 
 def frame_crc(header: Header, payload: Buffer) -> int:
     """CRC32 (zlib's) of a frame: of the payload outside the header first, then of the header with crc = 0."""
-    return isal_zlib.crc32(HEADER.pack(*header._replace(crc=0)), isal_zlib.crc32(payload))
+    from isal.isal_zlib import crc32  # here: only frames outside a ring need it, and it takes 2 ms to load
+
+    return crc32(HEADER.pack(*header._replace(crc=0)), crc32(payload))
 
 
 class DataFrame:

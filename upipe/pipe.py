@@ -295,7 +295,10 @@ class Pipe:
     async def call(self, value: Any, timeout: float | None = None, dtype: int | None = None) -> Any:
         """Emit a value and return what the last processor emits for this very input; many calls may be in flight.
 
-        The first result answers; None when a processor filtered the value out.
+        The first result answers; None when a processor filtered the value out: a mapped function or class that returned
+        None, or a generator that yielded nothing. Code that drives itself (a function without parameters, a script) is
+        never taken to have filtered a value out, even when it asks for the next one: a task that it made may still emit
+        for this one. Let it emit something for each value of a call (None, for example), or give the call a `timeout`.
 
         Raises:
             ProcessorError: a processor raised (after its retries), with the remote traceback. CallTimeout. PipeFailed.

@@ -74,6 +74,32 @@ class Memory:
         self.map.close()
 
 
+class Held:
+    """A lock of the queue, held by this thread inside the block."""
+
+    def __init__(self, q: MemQ, name: str) -> None:
+        import ctypes
+
+        self.memory = Memory(q)
+        self.libc = ctypes.CDLL(None)
+        self.buffer = ctypes.c_char.from_buffer(self.memory.map, _OFFSET[name])
+        self.mutex = ctypes.byref(self.buffer)
+        self.name = name
+
+    def __enter__(self) -> Held:
+        assert self.libc.pthread_mutex_lock(self.mutex) == 0
+        return self
+
+    def until_somebody_waits(self) -> None:
+        """FUTEX_WAITERS is set in the lock's first word."""
+        until(lambda: self.memory.word(self.name) & 0x8000_0000, f"somebody waits for {self.name}")
+
+    def __exit__(self, *_: object) -> None:
+        assert self.libc.pthread_mutex_unlock(self.mutex) == 0
+        del self.mutex, self.buffer
+        self.memory.close()
+
+
 def asleep(q: MemQ, count: int = 1, producers: bool = False):
     """Wait until that many handles sleep (their waiting bits are set, and they looked once more)."""
     m = Memory(q)

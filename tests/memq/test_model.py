@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.memq.helpers import FORK, Memory, end
 from upipe.errors import EndOfStream, FrameCorrupt
 from upipe.memq.queue import POLICIES, Empty, Full, MemQ
+from upipe.memq.segment import start_time
 
 CAPACITY = 4096
 GRANULE = 64
@@ -115,42 +116,39 @@ class Model:
         self.dropped += 1
         self.advance()
 
-    def place(self, need: int, policy: str, put: bool) -> Frame | None:
-        """A claim for a newcomer, or None without room. A put starts anew whenever room came; a reserve does not."""
-        cleared = False
-        while True:
-            if policy == "latest" and (put or not cleared) and self.fits(need):
-                self.drop(need, True)
-            cleared = True
-            if self.fits(need):
-                self.frames.append(Frame(None, need, CLAIMED))
-                return self.frames[-1]
-            used = self.used()
-            self.skip()
-            if self.used() < used:
-                continue
-            if policy == "block":
-                return None
-            self.drop(need, False)
+    def place(self, need: int, policy: str) -> Frame | None:
+        """A claim for a newcomer, or None without room."""
+        if policy == "block":
             if not self.fits(need):
-                return self.replace(need, policy)
-
-    def replace(self, need: int, policy: str) -> Frame | None:
-        """A held frame pins the ring: the newcomer takes the place of the newest frame, if nobody took that."""
-        if len(self.frames) <= self.next or self.frames[-1].state != COMMITTED or need > self.frames[-1].span:
+                self.skip()
+        elif not self.fits(need):
+            self.drop(need, False)
+        if policy == "latest" and self.fits(need):
+            self.drop(need, True)
+        if policy != "block" and not self.fits(need):
+            self.retract(need, policy)
+        if not self.fits(need):
             return None
+        self.frames.append(Frame(None, need, CLAIMED))
+        return self.frames[-1]
+
+    def retract(self, need: int, policy: str) -> None:
+        """A held frame pins the ring: the newest frame goes, if nobody took it and the newcomer fits then."""
+        if len(self.frames) <= self.next or self.frames[-1].state != COMMITTED:
+            return
         last = self.frames[-1]
+        if self.used() - last.span + need > CAPACITY:
+            return
         while policy == "latest":
             self.skip()
             if self.frames[self.next] is last or self.frames[self.next].state != COMMITTED:
                 break
             self.drop_next()
         self.refused += 1
-        self.frames[-1] = Frame(None, last.span, CLAIMED)
-        return self.frames[-1]
+        self.frames.pop()
 
     def put(self, value: object, policy: str) -> bool:
-        f = self.place(span(value), policy, True)
+        f = self.place(span(value), policy)
         if f is not None:
             f.value, f.state = value, COMMITTED
         elif policy == "block":
@@ -325,7 +323,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(handle=st.integers(0, 2), size=st.integers(0, 1000), fails=st.booleans())
     def reserve(self, handle, size, fails):
         need = (GRANULE + size + GRANULE - 1) // GRANULE * GRANULE
-        f = self.model.place(need, self.policy, False)
+        f = self.model.place(need, self.policy)
         value = np.full(size, 7, "u1")
         try:
             with self.handles[handle].reserve(size, "u1", timeout=0) as view:
@@ -380,7 +378,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(size=st.integers(1, 800))
     def helper_claims(self, size):
         need = (GRANULE + size + GRANULE - 1) // GRANULE * GRANULE
-        f = self.model.place(need, self.policy, False)
+        f = self.model.place(need, self.policy)
         assert bool(self.helper.ask("claim", size)) is (f is not None)
         if f is not None:
             f.owner = "helper"
@@ -388,7 +386,7 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.helper is not None)
     @rule()
     def crash_and_recover(self):
-        pid = self.helper.process.pid
+        pid, start = self.helper.process.pid, start_time(self.helper.process.pid)
         self.helper.kill()
         self.helper = None
         for f in self.model.frames:
@@ -398,7 +396,7 @@ class QueueMachine(RuleBasedStateMachine):
         for f in self.model.frames[: self.model.next]:
             if f.owner == "helper" and f.state == HELD:
                 self.model.give_back(f)
-        assert self.q.recover(pid) == []
+        assert self.q.recover(pid, start) == []
 
     # what must hold after each rule
 

@@ -13,7 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.memq.helpers import FORK, Thread, asleep, descriptors, end, few_descriptors, kill, python, until, waiting
+from tests.memq.helpers import (
+    FORK,
+    Held,
+    Thread,
+    asleep,
+    descriptors,
+    end,
+    few_descriptors,
+    kill,
+    python,
+    until,
+    waiting,
+)
 from upipe.errors import (
     EncodeError,
     EndOfStream,
@@ -24,10 +36,12 @@ from upipe.errors import (
     QueueClosed,
     QueueError,
     QueueNotFound,
+    QueueStuck,
 )
 from upipe.frame import DType, encode
 from upipe.memq import _ring
 from upipe.memq.queue import Empty, Full, MemQ
+from upipe.memq.segment import start_time
 
 VALUES = [
     None, True, False, 0, -1, 2**63 - 1, -(2**63), 2**64 - 1, 10**30, 0.0, -1.5, float("inf"), "", "8 bytes!", "groß",
@@ -1143,10 +1157,35 @@ def test_recovery_refuses_a_process_that_lives(queue, child):
     q.put(1)
     p = child(lives)
     assert holds.wait(20)
+    start = start_time(p.pid)
     with pytest.raises(QueueError, match="not proven dead"):
-        q.recover(p.pid)
+        q.recover(p.pid, start)
     kill(p)
-    assert q.recover(p.pid) == []
+    assert q.recover(p.pid, start) == []
+    assert q.get_nowait() == 1
+
+
+def test_recovery_leaves_another_process_of_the_same_number_alone(queue, child):
+    """The dead one's number is in use again, by a process that takes part in the same queue."""
+    q = queue()
+    holds = FORK.Event()
+
+    def lives():
+        q.take()
+        holds.set()
+        signal.pause()
+
+    q.put(1)
+    p = child(lives)
+    assert holds.wait(20)
+    start = start_time(p.pid)
+    assert q.recover(p.pid, start - 1) == []
+    assert (p.pid, start) in q.peers()
+    assert q.qsize() == 0
+    kill(p)
+    assert q.recover(p.pid, start + 1) == []
+    assert (p.pid, start) in q.peers()
+    assert q.recover(p.pid, start) == []
     assert q.get_nowait() == 1
 
 
@@ -1167,8 +1206,9 @@ def test_recovery_buries_poison_finishes_what_a_checkpoint_covers_and_returns_th
 
         p = child(dies)
         assert holds.wait(20)
+        start = start_time(p.pid)
         kill(p)
-        dead = q.recover(p.pid, max_deliveries=2, covered=[64])
+        dead = q.recover(p.pid, start, max_deliveries=2, covered=[64])
     assert dead == [0]
     assert len(q.raw(0)) == 64
     q.end(0, dead=True)
@@ -1195,7 +1235,7 @@ def test_a_child_that_ends_normally_closes_its_end_of_the_stream(queue, method):
 def test_without_descriptors_a_wait_fails_clearly_and_nothing_is_lost(queue):
     q = queue(4096)
     q.put_many(range(64))
-    with few_descriptors(0), pytest.raises(QueueError, match="no file descriptor"):
+    with few_descriptors(0), pytest.raises(QueueError, match=r"no file descriptor .* have 256 open .*raise the limit"):
         q.put("one too many")
     assert q.get_many() == list(range(64))
     with few_descriptors(0):
@@ -1329,3 +1369,70 @@ def test_a_shorter_frame_in_the_place_of_a_longer_one_is_delivered_whole(queue):
     assert q.stats().balanced
     q.put(b"d" * 4000)
     assert q.get() == b"d" * 4000
+
+
+WAITS = {
+    "close": lambda q: q.close(),
+    "declare": lambda q: q.declare_producer(7),
+    "use": lambda q: q.use_producer(7),
+    "close a producer": lambda q: q.close_producer(7),
+    "never end": lambda q: q.never_end(),
+    "first put": lambda q: q.put(1),
+}
+
+
+@pytest.mark.parametrize("what", WAITS)
+def test_who_waits_for_a_lock_lets_the_other_threads_run(queue, what):
+    """The holder is another thread of this very process: a wait with the GIL held would never end in time."""
+    q = queue()
+    other = MemQ.attach(q.name)
+    other.empty()
+    other.bell(0)  # joined
+    with Held(q, "registry_lock") as held:
+        t = Thread(WAITS[what], other)
+        held.until_somebody_waits()
+        assert t.is_alive()
+    t.result()
+    assert q.stats().handles == (what != "close")
+    other.close()
+
+
+@pytest.mark.slow
+def test_a_close_that_cannot_have_the_lock_says_so_and_can_be_repeated(queue):
+    q = queue()
+    q.put(1)
+    other = MemQ.attach(q.name)
+    assert other.take() == 1
+    with Held(q, "consumer_lock"):
+        t = Thread(other.close)
+        with pytest.raises(QueueStuck, match="stopped participant"):
+            t.result()
+    assert other.is_closed
+    assert q.empty()
+    other.close()
+    assert q.get_nowait() == 1
+    assert q.stats().handles == 1
+
+
+def test_a_process_with_two_handles_is_one_participant(queue):
+    q = queue()
+    other = MemQ.attach(q.name)
+    q.empty(), other.put(1), q.put(2)
+    assert (q.stats().participants, q.stats().handles) == (1, 2)
+    other.close()
+    assert (q.stats().participants, q.stats().handles) == (1, 1)
+
+
+@pytest.mark.parametrize("policy", ["drop_oldest", "latest"])
+def test_an_emit_that_finds_no_room_in_one_queue_drops_nothing_in_another(queue, policy):
+    lossy, blocks = queue(4096, policy=policy), queue(4096)
+    assert lossy.put_many(range(64)) == 64
+    assert blocks.put_many(range(64)) == 64
+    waiting_before = lossy.qsize()
+    assert not _ring.fan_send((lossy, blocks), "new")
+    assert lossy.qsize() == waiting_before
+    assert blocks.get() == 0
+    assert _ring.fan_send((lossy, blocks), "new")
+    assert lossy.get_many()[-1] == blocks.get_many()[-1] == "new"
+    assert lossy.stats().balanced
+    assert blocks.stats().balanced

@@ -21,6 +21,7 @@ def readable(fd: int) -> bool:
 
 
 def test_a_bell_is_a_private_fifo_that_goes_when_it_is_closed():
+    segment.process_session()  # whose lock keeps a descriptor
     before = descriptors()
     bell = Bell()
     assert bell.path.stat().st_mode & 0o777 == 0o600

@@ -42,6 +42,8 @@ static int try_take(member *m, uint64_t *pos) {
     return rc;
 }
 
+static uint64_t up_books_dropped(up_control *c) { return c->head_books[c->head & 1].dropped; }
+
 /* A sleeper that gives up, or got another frame, at the moment it is rung: the wake goes on. */
 static void case_wake_goes_on(void) {
     pair *p = open_pair(UP_POLICY_BLOCK);
@@ -286,6 +288,64 @@ static void case_verdict(void) {
     close_pair(p);
 }
 
+/* A held frame pins the ring: the newest frame goes for the newcomer and counts as dropped, whoever put it, unless somebody
+ * has it or the newcomer would not fit even so. */
+static void case_replace(void) {
+    pair *p = open_pair(UP_POLICY_DROP_OLDEST);
+    up_control *c = p->base.c;
+    uint64_t pos, number;
+    uint32_t id;
+    up_frame f;
+    up_meta large = {.size = 128}, huge = {.size = 4096 - 64};
+    CHECK(up_use_producer(&p->b.r, 1, 1) == UP_OK, "producer");
+    (void)put(&p->b, 0);
+    EQUAL(try_take(&p->a, &pos), UP_OK);
+    for (uint64_t i = 1; i < 64; i++) EQUAL(put(&p->b, i), UP_OK);
+    EQUAL(put(&p->a, 0), UP_OK); /* takes the place of another producer's frame */
+    EQUAL(up_books_dropped(c), 1);
+    EQUAL(up_emitted(&p->base, 1), 64), EQUAL(up_emitted(&p->base, 0), 1);
+    EQUAL(try_put(&p->a, &large, 0), UP_REFUSED); /* three granules for one: no */
+    EQUAL(try_put(&p->a, &huge, 0), UP_REFUSED);
+    EQUAL(put_and_abort(&p->a), UP_REFUSED);
+    EQUAL(up_books_dropped(c), 4);
+    finish(&p->a, pos, UP_FINISHED);
+    for (uint64_t i = 1; i < 63; i++) {
+        EQUAL(try_take(&p->b, &pos), UP_OK);
+        read_frame(&p->b, pos, &f, &id, &number);
+        EQUAL(id, 1), EQUAL(number, i);
+        finish(&p->b, pos, UP_FINISHED);
+    }
+    EQUAL(try_take(&p->b, &pos), UP_OK); /* the newest is held: nothing to replace, and there is room in any case */
+    read_frame(&p->b, pos, &f, &id, &number);
+    EQUAL(id, 0), EQUAL(number, 0);
+    c->max_frames = 1;
+    EQUAL(put(&p->a, 1), UP_REFUSED);
+    finish(&p->b, pos, UP_FINISHED);
+    totals t = check_at_rest(&p->base);
+    EQUAL(t.claimed, 64), EQUAL(t.refused, 5), EQUAL(t.dropped, 0);
+    close_pair(p);
+}
+
+/* The frame that makes way may be longer or shorter than the newcomer: that has its own length, no padding is left. */
+static void case_replace_lengths(void) {
+    pair *p = open_pair(UP_POLICY_LATEST);
+    uint64_t pos;
+    up_meta sizes[] = {{.size = 2000}, {.size = 1900}, {.size = 1840}, {.size = 1900}, {.size = 1700}};
+    EQUAL(try_put(&p->a, &sizes[0], 0), UP_OK);
+    EQUAL(try_take(&p->b, &pos), UP_OK);
+    for (int i = 1; i < 5; i++) {
+        EQUAL(try_put(&p->a, &sizes[i], 0), UP_OK);
+        EQUAL(up_span(*up_state_at(&p->base, p->base.c->last)), up_need(sizes[i].size, 0));
+    }
+    finish(&p->b, pos, UP_FINISHED);
+    EQUAL(try_take(&p->b, &pos), UP_OK);
+    EQUAL(up_frame_at(&p->base, pos)->size, 1700);
+    finish(&p->b, pos, UP_FINISHED);
+    totals t = check_at_rest(&p->base);
+    EQUAL(t.finished, 2), EQUAL(t.refused, 3), EQUAL(t.dropped + t.aborted, 0);
+    close_pair(p);
+}
+
 /* A sleeper that died is passed over, SIGPIPE at its default or not; without a descriptor its bit stays for the next. */
 static void case_dead_sleeper(void) {
     pair *p = open_pair(UP_POLICY_BLOCK);
@@ -344,7 +404,8 @@ static void run_cases(void) {
         {"wake goes on", case_wake_goes_on}, {"wake behind", case_wake_behind}, {"window", case_window},
         {"abort ends", case_abort_ends}, {"emitted", case_emitted}, {"not yours", case_not_yours},
         {"closed writer", case_closed_writer}, {"proof of death", case_proof_of_death}, {"alive", case_alive},
-        {"one recovery", case_one_recovery}, {"verdict", case_verdict}, {"dead sleeper", case_dead_sleeper}, {"attach", case_attach},
+        {"one recovery", case_one_recovery}, {"verdict", case_verdict}, {"replace", case_replace},
+        {"replace lengths", case_replace_lengths}, {"dead sleeper", case_dead_sleeper}, {"attach", case_attach},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         printf("  %s\n", cases[i].name);

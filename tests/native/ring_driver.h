@@ -202,34 +202,37 @@ static void waited(member *m, waiting *w, int succeeded) {
 
 /* ------------------------------------------------------------------ putting */
 
-enum { AGAIN = -50 };
-
 static void drop(member *m, uint64_t need, int all) {
     lock(m, m->r.c->consumer_lock);
     up_drop(&m->r, need, all);
     unlock(m->r.c->consumer_lock);
 }
 
-static int full(member *m, uint64_t need) {
-    if (m->r.c->policy == UP_POLICY_BLOCK) return UP_FULL;
-    drop(m, need, 0);
-    lock(m, m->r.c->producer_lock);
-    int rc = up_room(&m->r, need, 1);
-    if (rc != UP_OK) up_count_refused(&m->r);
-    unlock(m->r.c->producer_lock);
-    return rc != UP_OK ? UP_REFUSED : AGAIN;
+static void after_finish(member *m) {
+    up_wake_producers(&m->r);
+    if (up_ended(&m->r)) up_wake_consumers(&m->r, UP_SLOTS);
+}
+
+static int admit(member *m, uint64_t need) { /* under producer_lock */
+    up_ring *r = &m->r;
+    if (r->c->policy == UP_POLICY_BLOCK) return up_room(r, need, 1);
+    lock(m, r->c->consumer_lock);
+    int rc = up_make_room(r, need);
+    unlock(r->c->consumer_lock);
+    after_finish(m);
+    return rc;
 }
 
 static int try_put(member *m, const up_meta *meta, int abort_) {
     up_ring *r = &m->r;
     uint64_t need = up_need(meta->size, meta->flags), pos = 0;
-    if (r->c->policy == UP_POLICY_LATEST) drop(m, need, 1);
     lock(m, r->c->producer_lock);
-    int rc = up_room(r, need, 1), small = meta->flags & UP_FLAG_INLINE && !abort_;
+    int rc = admit(m, need), small = meta->flags & UP_FLAG_INLINE && !abort_;
     if (rc == UP_OK && small) up_put_inline(r, meta);
     if (rc == UP_OK && !small) pos = up_claim(r, need, meta->size);
+    if (rc == UP_REFUSED) up_count_refused(r);
     unlock(r->c->producer_lock);
-    if (rc != UP_OK) return full(m, need);
+    if (rc != UP_OK) return rc;
     if (abort_) {
         CHECK(up_abort(r, pos) == UP_OK, "abort");
     } else if (!small) {
@@ -244,8 +247,7 @@ static int try_put(member *m, const up_meta *meta, int abort_) {
 static int put_meta(member *m, const up_meta *meta, int abort_) {
     waiting w = {.producer = 1, .need = up_need(meta->size, meta->flags)};
     int rc;
-    while ((rc = try_put(m, meta, abort_)) == UP_FULL || rc == AGAIN)
-        if (rc == UP_FULL) again(m, &w);
+    while ((rc = try_put(m, meta, abort_)) == UP_FULL) again(m, &w);
     waited(m, &w, 1);
     return rc;
 }
@@ -276,11 +278,6 @@ static uint32_t put_batch(member *m, uint64_t number, uint32_t n) {
 }
 
 /* ------------------------------------------------------------------ getting */
-
-static void after_finish(member *m) {
-    up_wake_producers(&m->r);
-    if (up_ended(&m->r)) up_wake_consumers(&m->r, UP_SLOTS);
-}
 
 /* UP_OK, UP_END; UP_EMPTY to one that holds frames: at once when it is not to sleep on them (others may wait for the room
  * they pin), else when no more will come, since its own frames hide the end. */

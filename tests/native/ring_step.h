@@ -23,6 +23,7 @@ typedef struct step {
     uint64_t puts_before, puts; /* of the child: certain, and all or none */
     uint64_t held, takes, ends, drops; /* of the survivor's frames: held in `before`; at most taken, ended, dropped by op */
     uint64_t victims_puts, victims_held;
+    uint64_t replaces; /* of the child's frames: at most dropped by op for a newcomer, and counted */
 } step;
 
 static uint64_t step_pos[4];
@@ -49,6 +50,19 @@ static void op_refuse(member *m) {
 }
 static void op_drop(member *m) { drop(m, 4096, 1); }
 static void op_take(member *m) { (void)take(m, &step_pos[0], 0, 1); }
+static void pin_and_fill(member *m, uint32_t policy) { /* a held frame at the front, one of ours at the end, no room */
+    op_take(m);
+    (void)put_batch(m, SMALL, 1);
+    UP_ST(&m->r.c->policy, policy);
+    UP_ST(&m->r.c->max_frames, STEP_FRAMES + 1);
+}
+static void pin_and_fill_oldest(member *m) { pin_and_fill(m, UP_POLICY_DROP_OLDEST); }
+static void pin_and_fill_latest(member *m) { pin_and_fill(m, UP_POLICY_LATEST); }
+static void op_put_another(member *m) {
+    up_meta meta;
+    make_frame(&meta, m->payload, m->r.producer, SMALL | 1, STEP_MOST);
+    (void)try_put(m, &meta, 0);
+}
 static void op_finish(member *m) { finish(m, step_pos[0], UP_FINISHED); }
 static void op_bury(member *m) { finish(m, step_pos[0], UP_DEAD); }
 static void op_give_back(member *m) { give_back(m, step_pos[0]); }
@@ -122,6 +136,9 @@ static const step steps[] = {
     {.name = "claim and abort", .before = nothing, .op = op_abort},
     {.name = "refuse", .before = nothing, .op = op_refuse},
     {.name = "drop", .before = nothing, .op = op_drop, .drops = 3},
+    {.name = "replace, small", .before = pin_and_fill_oldest, .op = op_put_another, .puts_before = 1, .puts = 1, .held = 1, .replaces = 1},
+    {.name = "replace, large", .before = pin_and_fill_oldest, .op = op_put_large, .puts_before = 1, .puts = 1, .held = 1, .replaces = 1},
+    {.name = "replace, only the latest", .before = pin_and_fill_latest, .op = op_put_large, .puts_before = 1, .puts = 1, .held = 1, .drops = 2, .replaces = 1},
     {.name = "take", .before = nothing, .op = op_take, .takes = 1},
     {.name = "take and finish", .before = nothing, .op = op_take_finish, .takes = 1, .ends = 1},
     {.name = "finish out of order", .before = take_two, .op = op_finish, .held = 2, .ends = 1},
@@ -244,7 +261,11 @@ static void check_step(const step *s, member *m, uint64_t at) {
         finish(m, pos, UP_FINISHED), ends++;
     }
     totals t = check_at_rest(r);
-    EQUAL(t.claimed - t.aborted, emitted[SURVIVOR] + emitted[CHILD] + emitted[VICTIM]);
+    uint64_t replaced = s->replaces ? t.refused : 0, mine = 0;
+    for (uint64_t i = 0; i < 8; i++) mine += got[CHILD][i] != 0;
+    CHECK(replaced <= s->replaces, "%s at %llu: replaced", s->name, (unsigned long long)at);
+    if (s->replaces) EQUAL(mine + replaced, emitted[CHILD]); /* delivered, or dropped and counted */
+    EQUAL(t.claimed - t.aborted + replaced, emitted[SURVIVOR] + emitted[CHILD] + emitted[VICTIM]);
     EQUAL(emitted[SURVIVOR], STEP_FRAMES);
     EQUAL(emitted[VICTIM], s->victims_puts);
     CHECK(emitted[CHILD] == s->puts_before || emitted[CHILD] == s->puts_before + s->puts, "%s at %llu: emitted %llu", s->name,

@@ -1,15 +1,17 @@
-/* The ring without Python: see ring_driver.h (how it is driven), ring_cases.h, ring_threads.h, ring_crash.h, ring_step.h.
+/* The ring without Python: see ring_driver.h (how it is driven), ring_cases.h, ring_fence.h, ring_threads.h, ring_crash.h, ring_step.h.
  *
  *   ring_test cases                           one small story each
  *   ring_test threads SCALE MAPPINGS SEED     many threads; contents, order, counts and books
  *   ring_test points SEED NAME...             processes, killed at each of the named points
  *   ring_test steps KILLS SEED                a process, dead after each machine instruction of each operation
+ *   ring_test fence SECONDS                   two threads that must not miss each other; status 1: they did
  *   ring_test chaos SECONDS SEED              processes, killed anywhere
  *   tests/native/test_native.py builds and runs it all; by hand:
  *   gcc -std=c11 -O2 -pthread -DKILL_AT_POINTS tests/native/ring_test.c -o ring_test
  */
 #include "ring_crash.h"
 #include "ring_cases.h"
+#include "ring_fence.h"
 #include "ring_step.h"
 #include "ring_threads.h"
 
@@ -31,6 +33,7 @@ int main(int n, char **arg) {
     else if (!strcmp(arg[1], "cases")) run_cases();
     else if (!strcmp(arg[1], "steps")) run_steps((uint32_t)scale, n > 3 ? strtoull(arg[3], NULL, 10) : 1);
     else if (!strcmp(arg[1], "chaos")) run_chaos(scale, n > 3 ? strtoull(arg[3], NULL, 10) : 1);
+    int failed = !strcmp(arg[1], "fence") && run_fence(scale);
     remove_root();
-    return 0;
+    return failed;
 }

@@ -8,13 +8,16 @@ import asyncio
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.support import DEADLINE, chain, collect
-from upipe import Pipe, PipeFailed, Processor, ProcessorError
+from upipe import EndOfStream, MemQ, Pipe, PipeFailed, Processor, ProcessorError
+from upipe.runtime.channels import Inputs
 from upipe.runtime.spool import load_checkpoint
+from upipe.runtime.stateful import LOOK_EVERY, Stateful
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -104,6 +107,84 @@ async def test_large_frames_do_not_wait_for_a_checkpoint_that_needs_more_of_them
 
     pipe.connect(Processor("s", big), Processor("c", Counting, checkpoint_every=1000), size=64 * 1024)
     assert (await collect(pipe))[0] == list(range(1, 61))
+
+
+class Ends:
+    """Two inputs of a worker that is no process: what is taken from them, and what their rings hold."""
+
+    def __init__(self, spool: Path, every: int) -> None:
+        self.queues = MemQ(16 * 1024), MemQ(1 << 20)
+        handles = tuple(MemQ.attach(queue.name) for queue in self.queues)
+        self.assignment = SimpleNamespace(spool=str(spool), processor="c", index=0, checkpoint_every=every)
+        self.inputs = Inputs(handles, ("s", "t"))
+
+    def close(self) -> None:
+        for queue in self.queues:
+            queue.close()
+            queue.unlink()
+        self.inputs.close()
+
+
+@pytest.fixture
+def ends(tmp_path: Path) -> Any:
+    made = Ends(tmp_path, 1_000_000)
+    yield made
+    made.close()
+
+
+def taken(ends: Ends, code: Stateful) -> int:
+    """Take and cover a frame; how many are in no checkpoint then."""
+    assert ends.inputs.try_receive()[0]
+    code._cover()
+    return len(code.covered)
+
+
+def test_a_frame_held_for_the_next_checkpoint_does_not_keep_an_input_full_that_gives_no_more(ends: Ends) -> None:
+    """Another worker finished all that came behind it; this one gets frames of its other input only."""
+    code = Stateful(ends, Counting())  # type: ignore[arg-type]
+    code._restore()
+    pinned, flows = ends.queues
+    other = MemQ.attach(pinned.name)
+    while pinned.send(b"x" * 500):
+        pass
+    assert taken(ends, code) == 1
+    while other.receive(0.0)[0]:
+        other.finish()
+    other.close()
+    assert not pinned.send(b"x" * 500)
+    for number in range(LOOK_EVERY):
+        flows.put(number)
+        taken(ends, code)
+    assert pinned.send(b"x" * 500)
+    assert len(code.covered) == 1
+
+
+def test_a_backlog_is_no_reason_for_more_checkpoints(ends: Ends) -> None:
+    code = Stateful(ends, Counting())  # type: ignore[arg-type]
+    code._restore()
+    while ends.queues[1].send(7):
+        pass
+    assert [taken(ends, code) for _ in range(3 * LOOK_EVERY)] == list(range(1, 3 * LOOK_EVERY + 1))
+
+
+def test_large_frames_are_looked_at_sooner(ends: Ends) -> None:
+    code = Stateful(ends, Counting())  # type: ignore[arg-type]
+    code._restore()
+    for _ in range(5):
+        ends.queues[0].put(b"x" * 3000)
+    assert [taken(ends, code) for _ in range(5)] == [1, 2, 0, 1, 2]
+
+
+def test_starved_it_saves_before_it_sleeps_and_sees_the_end(ends: Ends) -> None:
+    code = Stateful(ends, Counting())  # type: ignore[arg-type]
+    code._restore()
+    for queue in ends.queues:
+        queue.put(1)
+        queue.close()  # the end of its stream
+    assert (taken(ends, code), taken(ends, code)) == (1, 2)
+    assert ends.inputs.try_receive() == (False, None) and code.covered == []
+    with pytest.raises(EndOfStream):
+        ends.inputs.try_receive()
 
 
 async def test_a_frame_that_raises_is_in_no_checkpoint_and_goes_its_own_way() -> None:

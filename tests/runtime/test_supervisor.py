@@ -478,3 +478,39 @@ def test_random_histories(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(0, 80))):
         world.step(data.draw)
     world.come_to_an_end()
+
+
+def script(**options: Any) -> Supervisor:
+    machine = make(ProcessorSpec("s", "entry", entry="/s.py", restart=options.pop("restart", POLICY), **options))
+    machine.start(0.0)
+    return machine
+
+
+def spawned(machine: Supervisor, pid: int, now: float) -> None:
+    machine.handle(ev.Tick(), now)
+    for name in machine.slots:
+        machine.handle(ev.Spawned(name, pid, 1), now)
+
+
+def test_a_script_that_never_connects_fails_the_pipe_after_three_deaths_with_what_it_said() -> None:
+    machine = script(restart=RestartPolicy(limit=0))
+    for life in range(3):
+        assert machine.state == "starting" and not machine.reasons
+        spawned(machine, 100 + life, 60.0 * life)
+        machine.handle(ev.Raised("s#0", "run", "SystemExit", "2", "error: no --model was given", False), 60.0 * life)
+        died(machine, "s#0", 60.0 * life, status=2)
+    assert machine.state == "failed"
+    (reason,) = machine.reasons
+    assert "/s.py ended 3 times and never once got to Processor('s').connect()" in reason
+    assert "exit status 2" in reason and "no --model was given" in reason
+
+
+def test_a_script_that_connected_once_or_was_killed_has_its_whole_restart_limit() -> None:
+    for connects, status in ((True, 1), (False, -9)):
+        machine = script(restart=RestartPolicy(limit=0))
+        for life in range(8):
+            spawned(machine, 100 + life, 60.0 * life)
+            if connects and life == 2:
+                machine.handle(ev.Ready("s#0"), 60.0 * life)
+            died(machine, "s#0", 60.0 * life, status=status)
+        assert machine.state != "failed"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from upipe import MemQ
+from upipe.errors import QueueClosed
 from upipe.memq.wakeup import AsyncWait
 from upipe.runtime.waits import CONSUMER, PRODUCER, BlockingWait
 
@@ -110,3 +111,26 @@ def test_a_producer_sleeps_until_there_is_room() -> None:
     taking.join(20)
     queue.close()
     queue.unlink()
+
+
+@pytest.mark.parametrize("awaited", [False, True])
+async def test_leaving_never_raises_whatever_was_closed_meanwhile(queues: Pair, awaited: bool) -> None:
+    own = attached(queues)
+    wait: Any = AsyncWait(own, CONSUMER) if awaited else BlockingWait(own, CONSUMER, None)
+    assert await wait.sleep(None) if awaited else wait.sleep()
+    own[0].close()
+    wait.leave()
+    wait.leave()
+    assert own[1].bell(CONSUMER).sleepers == own[1].bell(CONSUMER).tasks == 0
+    own[1].close()
+
+
+def test_a_wait_that_could_not_be_armed_everywhere_leaves_no_trace(queues: Pair) -> None:
+    own = attached(queues)
+    own[1].close()
+    wait = BlockingWait(own, CONSUMER, None)
+    with pytest.raises(QueueClosed):
+        wait.sleep()
+    wait.leave()
+    assert own[0].bell(CONSUMER).sleepers == 0
+    own[0].close()

@@ -146,3 +146,29 @@ async def driver_emitting() -> None:
 def complaining(value: int) -> None:
     """Raises, at length, with a letter that UTF-8 does not know."""
     raise ValueError(f"{value} \udcff " + "no " * 200_000)
+
+
+def pages() -> Iterator[bytes]:
+    """A source of more than its queue holds, which ends."""
+    for _ in range(300):
+        yield b"p" * 1000
+
+
+class Tally:
+    """Counts pages, and takes its time for numbers. Its checkpoints are further apart than any queue is long."""
+
+    def __init__(self) -> None:
+        self.pages = 0
+
+    def process(self, value: Any) -> Any:
+        if isinstance(value, bytes):
+            self.pages += 1
+            return "page"
+        busy(0.0002)
+        return None
+
+    def checkpoint(self) -> int:
+        return self.pages
+
+    def restore(self, state: int) -> None:
+        self.pages = state

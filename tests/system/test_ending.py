@@ -260,6 +260,17 @@ async def test_an_interpreter_that_does_not_exist(tmp_path: Path) -> None:
         await _run(pipe)
 
 
+async def test_a_script_that_never_connects_fails_soon_and_tells_its_last_words(tmp_path: Path) -> None:
+    path = tmp_path / "entry.py"
+    path.write_text("import sys\nprint('no --model was given', file=sys.stderr)\nsys.exit(2)\n")
+    pipe = Pipe("entry", settings=FORK)
+    pipe.add(Processor("script", entry=str(path)))
+    began = time.monotonic()
+    with pytest.raises(PipeFailed, match=r"(?s)entry\.py ended 3 times and never once .*no --model was given") as told:
+        await _run(pipe)
+    assert "exit status 2" in str(told.value) and time.monotonic() - began < 15
+
+
 async def _run(pipe: Pipe) -> None:
     await pipe.start()
     await pipe.wait_for_completion(20)

@@ -109,3 +109,19 @@ async def test_workers_go_on_while_the_caller_does_not_listen() -> None:
     report = await pipe.wait_for_completion(20)
     assert report.dead_letters == 200 and report.balanced
     assert len(pipe.dead_letters()) == 200
+
+
+async def test_workers_between_checkpoints_do_not_hold_up_an_input_while_the_other_is_never_empty() -> None:
+    """Each of them may hold the one frame that pins the short queue, and get frames of the other queue only. (Which one
+    it is depends on the timing; tests/runtime/test_stateful.py has the case for certain.)"""
+    pipe = Pipe("held", settings=Settings(start_method="fork"))
+    tally = Processor("tally", jobs.Tally, workers=2, checkpoint_every=1_000_000_000)
+    pipe.connect(Processor("pages", jobs.pages), tally, size=64 * 1024)
+    pipe.connect(Processor("numbers", jobs.endless), tally, size=256 * 1024)
+    await pipe.start()
+    pages = next(number for number, edge in enumerate(pipe.stats().edges) if edge.source == "pages")
+    await auntil(lambda: pipe.stats().edges[pages].finished >= 270, 20, "the short queue goes on")
+    await pipe.terminate(20)
+    report = pipe.report()
+    assert report.balanced and report.state == "completed"
+    assert report.edges[pages].finished == report.edges[pages].emitted

@@ -1,7 +1,6 @@
 # The hot part of encode and decode: scalars, str, bytes, plain arrays. All else goes through upipe.frame.
 
 cdef enum:
-    UP_AGAIN = -50           # the policy made room: try once more
     UP_CORRUPT = -51         # the frame was buried: its CRC does not match
     _NONE = 1
     _BOOL = 2

@@ -189,49 +189,4 @@ static inline int up_ended(up_ring *r) {
     return up_position(UP_LDA(&r->c->head)) == up_position(UP_LDA(&r->c->tail));
 }
 
-/* 1 when a frame of `need` bytes would not be let in. */
-static int up_crowded(up_ring *r, uint64_t need) {
-    up_control *c = r->c;
-    up_books claimed;
-    uint64_t head, word = UP_LD(&c->tail);
-    up_books_read(&c->head, c->head_books, &head, &claimed);
-    return head - up_position(word) + need > r->capacity ||
-           (c->max_frames && claimed.frames - UP_LD(&c->tail_books[word & 1].frames) >= c->max_frames);
-}
-
-/* Drop committed frames nobody took, oldest first: until `need` bytes fit (DROP_OLDEST) or all of them (LATEST).
- * While a held frame pins tail, dropping frees nothing: then it drops nothing. */
-static void up_drop(up_ring *r, uint64_t need, int all) {
-    up_control *c = r->c;
-    uint64_t pos, span;
-    while (up_peek(r, &pos, &span) == UP_OK) {
-        if (!all && (up_position(UP_LD(&c->tail)) != pos || !up_crowded(r, need))) break;
-        UP_ST(up_state_at(r, pos), up_word(UP_DROPPED, 0, span));
-        UP_CRASH("drop");
-        UP_STR(&c->next, pos + span);
-        UP_CRASH("dropped");
-        up_advance(r);
-    }
-}
-
-/* A drop policy found no room because a held frame pins tail: the newcomer takes the place of the newest frame that nobody
- * took, which counts as dropped. Both locks are held, producer_lock first. UP_OK: *pos is claimed, as by up_claim.
- * A frame may be shorter than its place. A crash before the count leaves the old frame as padding, never emitted. */
-static int up_replace(up_ring *r, uint64_t need, uint64_t *pos) {
-    up_control *c = r->c;
-    uint64_t head = up_refresh_head(r), last = UP_LD(&c->last), at, span;
-    if (last >= head || last < UP_LD(&c->next)) return UP_FULL;
-    uint64_t *state = up_state_at(r, last), word = UP_LDA(state);
-    if (up_kind(word) != UP_COMMITTED || last + up_span(word) != head || need > up_span(word)) return UP_FULL;
-    while (c->policy == UP_POLICY_LATEST && up_peek(r, &at, &span) == UP_OK && at != last) {
-        UP_ST(up_state_at(r, at), up_word(UP_DROPPED, 0, span));
-        UP_STR(&c->next, at + span);
-        up_advance(r);
-    }
-    UP_STR(state, up_word(UP_CLAIMED, r->slot, up_span(word)));
-    up_count_refused(r);
-    *pos = last;
-    return UP_OK;
-}
-
 #endif

@@ -23,84 +23,93 @@ def fan_send(tuple rings, value, int dtype=-1, uint64_t execution=0, tuple keys=
             ring._done()
 
 
-cdef _fan_send(tuple rings, value, int dtype, uint64_t execution, tuple keys, int flags):
+cdef bint _fan_send(tuple rings, value, int dtype, uint64_t execution, tuple keys, int flags) except -1:
     cdef Out o
     cdef Ring ring
-    cdef Py_ssize_t i, locked, full
+    cdef Py_ssize_t i, locked = 0, n = len(rings)
     cdef uint64_t need
-    cdef uint32_t crc
     cdef uint64_t pos[64]
-    cdef list parts, chosen = list(rings), refused = []
-    if len(chosen) > 63:  # the last place is for queues where the newcomer replaces a frame
-        raise ValueError(f"one emit reaches at most 63 queues, not {len(chosen)}")
-    ring = chosen[0]
+    cdef list parts
+    if n > 64:
+        raise ValueError(f"one emit reaches at most 64 queues, not {n}")
+    ring = rings[0]
     parts = _encode(value, dtype, &o, ring.allow_pickle)
-    for ring in chosen:
-        ring._produce()
     o.m.execution = execution
     o.m.flags |= flags
     need = up_need(o.m.size, o.m.flags)
-    for ring in chosen:
+    for ring in rings:
+        ring._produce()
         ring._fits(need)
-        if ring.r.c.policy == UP_POLICY_LATEST:
-            ring._clear(need)
-    while True:
-        locked, full = 0, -1
-        try:
-            for i in range(len(chosen)):
-                ring = chosen[i]
-                ring._lock(ring.r.c.producer_lock)
-                locked += 1
-                if ring.r.c.policy == UP_POLICY_DISCARD or up_room(&ring.r, need, 1) != UP_OK:
-                    full = i
-                    break
-            if full < 0:
-                for i in range(len(chosen)):
-                    ring = chosen[i]
-                    o.m.key = keys[i] if keys else 0
-                    if o.m.flags & UP_FLAG_INLINE:
-                        up_put_inline(&ring.r, &o.m)
-                    else:
-                        pos[i] = up_claim(&ring.r, need, o.m.size)
-        finally:
-            for i in range(locked):
-                ring = chosen[i]
-                up_unlock(ring.r.c.producer_lock)
-        if full < 0:
-            break
-        ring = chosen[full]
-        if ring._skip_padding():
-            continue
-        if ring.r.c.policy == UP_POLICY_BLOCK:
+    try:
+        for ring in rings:
+            ring._lock(ring.r.c.producer_lock)
+            locked += 1
+        if not _fan_claim(rings, keys, &o, need, pos):
             return False
-        if ring._full(need, False) == UP_REFUSED:  # counted only when the emit as a whole succeeds
-            refused.append(chosen.pop(full))
-            if keys:
-                keys = keys[:full] + keys[full + 1:]
-            if not chosen:
-                break
-    for ring in refused:
-        if ring.r.c.policy == UP_POLICY_DISCARD or not ring._replace(need, &pos[63]):
-            ring._count_refused()
-            continue
-        try:
-            ring._copy_in(pos[63], &o, parts, &crc)
-        except BaseException:
-            ring._abort(pos[63])
-            raise
-        up_commit(&ring.r, pos[63], &o.m, crc)
-        up_wake_consumers(&ring.r, 1)
-    for i in range(len(chosen)):
-        ring = chosen[i]
-        if not o.m.flags & UP_FLAG_INLINE:
-            o.m.key = keys[i] if keys else 0
-            try:
-                ring._copy_in(pos[i], &o, parts, &crc)
-            except BaseException:
-                for k in range(i, len(chosen)):
-                    ring = chosen[k]
-                    ring._abort(pos[k])
-                raise
-            up_commit(&ring.r, pos[i], &o.m, crc)
-        up_wake_consumers(&ring.r, 1)
+    finally:
+        for i in range(locked):
+            ring = rings[i]
+            up_unlock(ring.r.c.producer_lock)
+    _fan_fill(rings, keys, &o, parts, pos)
     return True
+
+
+cdef enum:
+    _PLACED = 1             # in pos[]: no claim to fill (a granule is never odd)
+
+
+cdef bint _fan_claim(tuple rings, tuple keys, Out *o, uint64_t need, uint64_t *pos) except -1:
+    """Under the producers' locks: a claim in each ring, small frames put at once. False, and nothing was dropped
+    anywhere, when one that blocks has no room."""
+    cdef Ring ring
+    cdef Py_ssize_t i
+    cdef int rc
+    for ring in rings:
+        if ring.r.c.policy == UP_POLICY_BLOCK and ring._room(need) != UP_OK:
+            return False
+    for i in range(len(rings)):
+        pos[i] = _PLACED
+    try:
+        for i in range(len(rings)):
+            ring = rings[i]
+            rc = UP_REFUSED if ring.r.c.policy == UP_POLICY_DISCARD else ring._admit(need)
+            o.m.key = keys[i] if keys else 0
+            if rc != UP_OK:  # (UP_FULL: its policy was drop_oldest a moment ago)
+                up_count_refused(&ring.r)
+            elif o.m.flags & UP_FLAG_INLINE:
+                up_put_inline(&ring.r, &o.m)
+            else:
+                pos[i] = up_claim(&ring.r, need, o.m.size)
+    except BaseException:
+        _fan_abort(rings, pos)
+        raise
+    return True
+
+
+cdef int _fan_fill(tuple rings, tuple keys, Out *o, list parts, uint64_t *pos) except -1:
+    cdef Ring ring
+    cdef Py_ssize_t i
+    cdef uint64_t at
+    try:
+        for i in range(len(rings)):
+            ring = rings[i]
+            if pos[i] == _PLACED:
+                up_wake_consumers(&ring.r, 1)
+                continue
+            o.m.key = keys[i] if keys else 0
+            at, pos[i] = pos[i], _PLACED  # from here on _fill sees to it
+            ring._fill(at, o, parts)
+    except BaseException:
+        _fan_abort(rings, pos)
+        raise
+    return 0
+
+
+cdef void _fan_abort(tuple rings, uint64_t *pos) noexcept:
+    """Claims that were not filled become padding."""
+    cdef Ring ring
+    cdef Py_ssize_t i
+    for i in range(len(rings)):
+        ring = rings[i]
+        if pos[i] != _PLACED:
+            ring._abort(pos[i])

@@ -128,9 +128,13 @@ cdef class Handle:
             up_wake_all(&self.r)  # sleepers watch the newcomer's pidfd from now on
 
     cdef int _produce(self) except -1:
+        cdef int rc
         if self.r.producer == UP_NONE:
             self._enter()
-            if self.r.producer == UP_NONE and up_auto_producer(&self.r) != UP_OK:
+            with nogil:
+                rc = up_auto_producer(&self.r)
+            self._unstuck(rc)
+            if rc != UP_OK:
                 raise TooManyParticipants(f"queue {self.label} has {UP_PRODUCERS} open producers, the most it can have")
         return 0
 
@@ -139,8 +143,12 @@ cdef class Handle:
 
         Threads and tasks that wait on it get QueueClosed. While an operation, a reservation or a loan is under way in
         another thread, the handle leaves the queue when that is done.
+
+        Raises:
+            QueueStuck: another process holds a lock of the queue. What this handle holds stays held until close() is
+                called again, or until this process ends.
         """
-        if self.closed or not self.mapped:
+        if not self.mapped or (self.closed and (self.users or self.r.slot == UP_NONE)):
             return
         self.closed = True
         if self.generation != _generation:
@@ -157,22 +165,32 @@ cdef class Handle:
         """True after close()."""
         return bool(self.closed)
 
-    cdef _depart(self):
+    cdef int _depart(self) except -1:
+        """Leave the queue. One thread does it: the others find the handle closed, and no longer in use."""
         cdef size_t found
+        cdef int rc = UP_OK
         if self.generation != _generation:
-            return
+            return 0
         if self.r.slot != UP_NONE:
-            up_recover(&self.r, self.r.slot, 0, NULL, 0, &found, NULL, 0)
+            self.users += 1  # the lock may be waited for without the GIL
+            with nogil:
+                rc = up_recover(&self.r, self.r.slot, 0, NULL, 0, &found, NULL, 0)
+            self.users -= 1
+            self._unstuck(rc)
             self.r.slot = self.r.producer = UP_NONE
         self.held = 0
         for bell in (self.bell_frames, self.bell_room, self.watch):
             if bell is not None:
                 bell.close()
         self.bell_frames = self.bell_room = self.watch = None
+        return 0
 
     cdef _at_exit(self):
         if self.users == 0:  # else a daemon thread is inside, and the others see our end by our pidfd
-            self.close()
+            try:
+                self.close()
+            except QueueStuck:
+                pass  # as with a daemon thread
 
     def __del__(self):
         self.close()
@@ -186,9 +204,24 @@ cdef class Handle:
         if rc != UP_OK:
             with nogil:
                 rc = up_lock(&self.r, area, LOCK_PATIENCE)
-            if rc != UP_OK:
-                raise QueueStuck(f"a process holds a lock of queue {self.label} for more than {LOCK_PATIENCE:g} s; "
-                                 "look for a stopped participant (ps -o pid,stat)")
+            self._unstuck(rc)
+        return 0
+
+    cdef int _unstuck(self, int rc) except -1:
+        """Raise for UP_STUCK: a lock was not had within the patience, here or in the C core."""
+        if rc == UP_STUCK:
+            raise QueueStuck(f"a process holds a lock of queue {self.label} for more than {LOCK_PATIENCE:g} s; "
+                             "look for a stopped participant (ps -o pid,stat)")
+        return 0
+
+    cdef int _set_producer(self, uint32_t id, uint32_t state) except -1:
+        cdef int rc
+        self._mapped()
+        with nogil:
+            rc = up_set_producer(&self.r, id, state, 0)
+        self._unstuck(rc)
+        if rc != UP_OK:
+            raise TooManyParticipants(f"queue {self.label} has no producer id {id}; they go up to {UP_PRODUCERS - 1}")
         return 0
 
     def recover_dead(self):
@@ -203,6 +236,5 @@ cdef class Handle:
                 with nogil:
                     rc = up_recover(&self.r, i, 0, NULL, 0, &found, NULL, 0)
                 n += rc == UP_OK
-                if rc == UP_STUCK:
-                    raise QueueStuck(f"a process holds a lock of queue {self.label} for more than {LOCK_PATIENCE:g} s")
+                self._unstuck(rc)
         return n

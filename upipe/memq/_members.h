@@ -101,10 +101,14 @@ static int up_use_producer(up_ring *r, uint32_t id, uint32_t epoch) {
     return UP_OK;
 }
 
-/* Stand-alone: take a declared id, else an unused one, else one that closed. */
+/* Stand-alone: take a declared id, else an unused one, else one that closed. Once per handle, whichever thread comes first. */
 static int up_auto_producer(up_ring *r) {
     uint32_t wanted[3] = {UP_PRODUCER_DECLARED, UP_PRODUCER_UNUSED, UP_PRODUCER_CLOSED}, found = UP_NONE;
     if (up_lock(r, r->c->registry_lock, UP_PATIENCE)) return UP_STUCK;
+    if (r->producer != UP_NONE) {
+        up_unlock(r->c->registry_lock);
+        return UP_OK;
+    }
     for (int pass = 0; pass < 3 && found == UP_NONE; pass++)
         for (uint32_t i = 0; i < UP_PRODUCERS && found == UP_NONE; i++)
             if (UP_LD(&r->producers[i].state) == wanted[pass]) found = i;

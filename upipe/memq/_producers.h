@@ -22,7 +22,7 @@ static inline int up_room(up_ring *r, uint64_t need, uint64_t frames) {
     return UP_OK;
 }
 
-/* Move head by `need` bytes and its counters with it, in one store. SYNC books, SYNC head */
+/* Move head by `need` bytes and its counters with it, in one store. Modulo 2^64: up_retract goes back. SYNC books, SYNC head */
 static inline void up_move_head(up_ring *r, uint64_t need, uint64_t frames, uint64_t bytes, uint64_t refused) {
     up_control *c = r->c;
     uint64_t word = UP_LD(&c->head), new_ = (word & 1) ^ 1;

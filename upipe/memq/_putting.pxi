@@ -45,33 +45,33 @@ cdef class Putter(Sleeper):
 
     cdef int _try_put(self, Out *o, list parts) except -100:
         """One attempt. UP_OK, UP_FULL, or UP_REFUSED (a drop policy dropped the newcomer)."""
-        cdef uint64_t need = up_need(o.m.size, o.m.flags), pos
-        cdef uint32_t crc = 0
-        cdef int rc
+        cdef uint64_t need = up_need(o.m.size, o.m.flags), pos = 0
+        cdef bint small = (o.m.flags & UP_FLAG_INLINE) != 0
+        cdef int rc = UP_REFUSED
         self._fits(need)
-        if self.r.c.policy == UP_POLICY_LATEST:
-            self._clear(need)
-        elif self.r.c.policy == UP_POLICY_DISCARD:
-            return self._full(need)
         self._lock(self.r.c.producer_lock)
-        rc = up_room(&self.r, need, 1)
-        if rc == UP_OK:
-            if o.m.flags & UP_FLAG_INLINE:
+        try:
+            if self.r.c.policy != UP_POLICY_DISCARD:
+                rc = self._admit(need)
+            if rc == UP_REFUSED:
+                up_count_refused(&self.r)
+            elif rc == UP_OK and small:
                 up_put_inline(&self.r, &o.m)
-                up_unlock(self.r.c.producer_lock)
-                up_wake_consumers(&self.r, 1)
-                return UP_OK
-            pos = up_claim(&self.r, need, o.m.size)
-        up_unlock(self.r.c.producer_lock)
+            elif rc == UP_OK:
+                pos = up_claim(&self.r, need, o.m.size)
+        finally:
+            up_unlock(self.r.c.producer_lock)
         if rc != UP_OK:
-            if self._skip_padding():
-                return UP_AGAIN
-            rc = self._full(need, False)
-            if rc != UP_REFUSED:
-                return rc
-            if not self._replace(need, &pos):
-                self._count_refused()
-                return rc
+            return rc
+        if small:
+            up_wake_consumers(&self.r, 1)
+        else:
+            self._fill(pos, o, parts)
+        return UP_OK
+
+    cdef int _fill(self, uint64_t pos, Out *o, list parts) except -1:
+        """Write a claimed frame and commit it; on an exception it becomes padding."""
+        cdef uint32_t crc = 0
         try:
             self._copy_in(pos, o, parts, &crc)
         except BaseException:
@@ -79,7 +79,41 @@ cdef class Putter(Sleeper):
             raise
         up_commit(&self.r, pos, &o.m, crc)
         up_wake_consumers(&self.r, 1)
-        return UP_OK
+        return 0
+
+    cdef int _admit(self, uint64_t need) except -100:
+        """Under the producers' lock: room for a newcomer of so many ring bytes, made by dropping if the policy says so.
+        UP_OK: claim it now. UP_FULL. UP_REFUSED: it is to be dropped itself, and counted."""
+        cdef uint32_t policy = self.r.c.policy
+        cdef uint64_t before
+        cdef int rc
+        if policy == UP_POLICY_BLOCK:
+            return self._room(need)
+        if up_room(&self.r, need, 1) == UP_OK and (policy == UP_POLICY_DROP_OLDEST or self._nothing_waits()):
+            return UP_OK
+        self._lock(self.r.c.consumer_lock)
+        before = UP_LD(&self.r.c.tail)
+        rc = up_make_room(&self.r, need)
+        self._unlock_consumers(before)
+        return rc
+
+    cdef int _room(self, uint64_t need) except -100:
+        """Under the producers' lock: is there room, with nothing dropped? Padding that no consumer passed goes. UP_OK
+        or UP_FULL."""
+        cdef uint64_t before, pos, span
+        if up_room(&self.r, need, 1) == UP_OK:
+            return UP_OK
+        if self._nothing_waits() or up_kind(UP_LDA(up_state_at(&self.r, UP_LD(&self.r.c.next)))) != UP_ABORTED:
+            return UP_FULL
+        self._lock(self.r.c.consumer_lock)
+        before = UP_LD(&self.r.c.tail)
+        up_peek(&self.r, &pos, &span)
+        self._unlock_consumers(before)
+        return up_room(&self.r, need, 1)
+
+    cdef inline bint _nothing_waits(self) noexcept:
+        """Under the producers' lock, which keeps head where it is, while next only grows."""
+        return UP_LD(&self.r.c.next) == up_position(UP_LD(&self.r.c.head))
 
     cdef void _abort(self, uint64_t pos) noexcept:
         """A claim of ours becomes padding."""
@@ -103,65 +137,11 @@ cdef class Putter(Sleeper):
         self._unlock_consumers(before)
         return 0
 
-    cdef int _clear(self, uint64_t need) except -1:
-        """Only the newest counts: drop what waits, unless the newcomer has no room and takes the newest one's place."""
-        cdef int rc
-        self._lock(self.r.c.producer_lock)
-        rc = up_room(&self.r, need, 1)
-        up_unlock(self.r.c.producer_lock)
-        return self._drop(need, 1) if rc == UP_OK else 0
-
-    cdef bint _replace(self, uint64_t need, uint64_t *pos) except -1:
-        """Claim the place of the newest frame that nobody took, which counts as dropped; see up_replace."""
-        cdef int rc
-        cdef uint64_t before
-        self._lock(self.r.c.producer_lock)
-        try:
-            self._lock(self.r.c.consumer_lock)
-            before = UP_LD(&self.r.c.tail)
-            rc = up_replace(&self.r, need, pos)
-            self._unlock_consumers(before)
-        finally:
-            up_unlock(self.r.c.producer_lock)
-        return rc == UP_OK
-
-    cdef int _count_refused(self) except -1:
-        self._lock(self.r.c.producer_lock)
-        up_count_refused(&self.r)
-        up_unlock(self.r.c.producer_lock)
-        return 0
-
-    cdef bint _skip_padding(self) except -1:
-        """Free unfinished writes that no consumer passed yet, since none may be there. True when room came of it."""
-        cdef uint64_t at = UP_LD(&self.r.c.next), before, pos, span
-        cdef bint moved
-        if at == up_position(UP_LDA(&self.r.c.head)) or up_kind(UP_LDA(up_state_at(&self.r, at))) != UP_ABORTED:
-            return False
-        self._lock(self.r.c.consumer_lock)
-        before = UP_LD(&self.r.c.tail)
-        up_peek(&self.r, &pos, &span)
-        moved = UP_LD(&self.r.c.tail) != before
-        self._unlock_consumers(before)
-        return moved
-
     cdef int _fits(self, uint64_t need) except -1:
         if need > self.r.capacity:
             raise FrameTooLarge(f"a frame of {need:,} bytes (64 of them header) can never fit queue {self.label} of "
                                 f"{self.r.capacity:,} bytes; make the queue larger or the frame smaller")
         return 0
-
-    cdef int _full(self, uint64_t need, bint refuse=True) except -100:
-        """No room: what the policy says. A drop policy never waits."""
-        cdef int rc
-        if self.r.c.policy == UP_POLICY_BLOCK:
-            return UP_FULL
-        self._drop(need, self.r.c.policy == UP_POLICY_DISCARD)
-        self._lock(self.r.c.producer_lock)
-        rc = UP_FULL if self.r.c.policy == UP_POLICY_DISCARD else up_room(&self.r, need, 1)
-        if rc != UP_OK and refuse:
-            up_count_refused(&self.r)
-        up_unlock(self.r.c.producer_lock)
-        return UP_REFUSED if rc != UP_OK else UP_AGAIN
 
     cdef int _put(self, Out *o, list parts, double timeout) except -100:
         """Put, waiting up to timeout seconds (inf = for ever). UP_OK, UP_REFUSED or UP_FULL."""
@@ -171,7 +151,7 @@ cdef class Putter(Sleeper):
         try:
             while True:
                 rc = self._try_put(o, parts)
-                if rc != UP_AGAIN and (rc != UP_FULL or not self._again(&w)):
+                if rc != UP_FULL or not self._again(&w):
                     return rc
         finally:
             self._left(&w, 0)

@@ -3,6 +3,7 @@
  * Include this file; the parts include each other downwards only:
  *
  *     _members.h     who takes part: slots, producers and ends of stream, recovery of the dead
+ *     _policies.h    how a newcomer without room gets it (beside the two above)
  *     _lock.h        the three robust locks, and what is mended when a holder died
  *     _consumers.h   the consumers' end: take, finish, give back, drop, advance
  *     _producers.h   the producers' end: room, claim, commit, abort
@@ -16,13 +17,13 @@
  *     consumer:  take  -> TAKEN   -> read  -> FINISHED | DEAD     then tail passes it and the bytes are free again
  *                                 \-> AVAILABLE -> TAKEN ...      (given back, or its holder died)
  *                COMMITTED -> DROPPED                             (drop policies)
- *                COMMITTED -> CLAIMED                             (drop policy: the newcomer takes its place, up_replace)
+ *                COMMITTED -> gone                                (drop policy without room: head moves back over it, up_retract)
  *
- * Order of positions: tail <= next <= head <= tail + capacity, all monotonic and multiples of 64.
+ * Order of positions: tail <= next <= head <= tail + capacity, all multiples of 64 and monotonic (but for up_retract).
  *
- * Two locks, one per end, never on one cache line and never nested but in up_replace (a drop policy without room; there
- * producer_lock is the outer one): producer_lock guards head, head_books, cached_tail, last and the claims of producers; consumer_lock guards next, tail, tail_books, redeliver and every change of a
- * COMMITTED state. registry_lock guards slots, producers and stream; a recovery holds it throughout and takes the other two
+ * Two locks, one per end, never on one cache line and never nested but where a policy makes room (up_make_room; there
+ * producer_lock is the outer one): producer_lock guards head, head_books, cached_tail, last and the claims of producers;
+ * consumer_lock guards next, tail, tail_books, redeliver and every change of a COMMITTED state; head moves back under both. registry_lock guards slots, producers and stream; a recovery holds it throughout and takes the other two
  * one after the other inside it, so recoveries never race and a slot cannot change hands under one. All are robust: when a
  * holder dies the kernel hands the lock over (EOWNERDEAD) and the next holder repairs. Payloads move outside.
  *
@@ -46,5 +47,6 @@
 #define UPIPE_RING_H
 
 #include "_members.h"
+#include "_policies.h"
 
 #endif

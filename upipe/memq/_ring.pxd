@@ -135,7 +135,7 @@ cdef extern from "_ring.h" nogil:
     int up_abort(up_ring *r, uint64_t pos)
     void up_count_refused(up_ring *r)
     void up_drop(up_ring *r, uint64_t need, int all)
-    int up_replace(up_ring *r, uint64_t need, uint64_t *pos)
+    int up_make_room(up_ring *r, uint64_t need)
     uint8_t *up_payload(up_ring *r, uint64_t pos)
     up_frame *up_frame_at(up_ring *r, uint64_t pos)
     uint64_t *up_state_at(up_ring *r, uint64_t pos)

@@ -93,7 +93,9 @@ class Ring(Taker):
 
     # watching, ending, recovering
     def peers(self) -> list[tuple[int, int]]: ...
-    def recover(self, pid: int, max_deliveries: int = 0, covered: Iterable[int] | ArrayLike = ()) -> list[int]: ...
+    def recover(
+        self, pid: int, start: int, max_deliveries: int = 0, covered: Iterable[int] | ArrayLike = ()
+    ) -> list[int]: ...
     def declare_producer(self, id: int) -> None: ...  # noqa: A002
     def use_producer(self, id: int, epoch: int = 0) -> None: ...  # noqa: A002
     def close_producer(self, id: int) -> None: ...  # noqa: A002

@@ -24,6 +24,7 @@ from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy
+from posix.resource cimport RLIMIT_NOFILE, getrlimit, rlimit
 
 cimport numpy as cnp
 

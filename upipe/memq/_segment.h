@@ -136,8 +136,8 @@ static inline uint64_t up_after(uint64_t at, uint64_t word, uint64_t end) {
     return up_span(word) ? at + up_span(word) : end;
 }
 
-/* Counters and their position as one moment's truth, lock-free. The word may come back to an old value only by refusals,
- * which change one counter: still consistent. SYNC books */
+/* Counters and their position as one moment's truth, lock-free. The word may come back to an old value only by refusals and
+ * by a frame in the place of a dropped one: the same number of frames, and one counter more or less. SYNC books */
 static void up_books_read(uint64_t *word, up_books *books, uint64_t *pos, up_books *out) {
     uint64_t before, after = UP_LDA(word);
     do {

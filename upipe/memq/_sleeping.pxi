@@ -31,9 +31,18 @@ cdef class Sleeper(Handle):
         return bell
 
     cdef _no_descriptor(self, error):
-        if error.errno in (_errno.EMFILE, _errno.ENFILE):
-            raise QueueError(f"cannot sleep on queue {self.label}: no file descriptor is left (ulimit -n); nothing was "
-                             "put or taken; close some, or raise the limit") from error
+        """Say it as an error of the queue, with the limit and the remedy."""
+        cdef rlimit most
+        if error.errno == _errno.EMFILE:
+            getrlimit(RLIMIT_NOFILE, &most)
+            limit = (f"this process may have {most.rlim_cur} open (ulimit -n); close some, or raise the limit, to "
+                     f"{most.rlim_max} at most")
+        elif error.errno == _errno.ENFILE:
+            limit = "the whole system has as many open as it may; raise it with sysctl fs.file-max"
+        else:
+            return
+        raise QueueError(f"cannot sleep on queue {self.label}: no file descriptor is left; nothing was put or taken; "
+                         f"{limit}") from error
 
     cdef inline uint64_t *_bits(self, int producer) noexcept:
         if producer:

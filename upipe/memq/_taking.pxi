@@ -82,7 +82,7 @@ cdef class Taker(Putter):
     cdef int _checked(self, up_frame *f, uint64_t pos) except -1:
         """Header sane and the frame inside its span? Raises FrameCorrupt otherwise."""
         cdef uint64_t span = up_span(UP_LD(up_state_at(&self.r, pos)))
-        if f.magic != UP_FRAME_MAGIC or f.version != UP_VERSION or f.size > span or up_need(f.size, f.flags) > span:
+        if f.magic != UP_FRAME_MAGIC or f.version != UP_VERSION or f.size > span or up_need(f.size, f.flags) != span:
             self._corrupt(pos)
         return 0
 

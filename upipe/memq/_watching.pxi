@@ -11,24 +11,20 @@ cdef class Ring(Taker):
     cdef uint64_t _claim(self, up_meta *m, double timeout) except? 0:
         """Claim room for a frame whose payload is written in place."""
         cdef Waiting w
-        cdef uint64_t need = up_need(m.size, m.flags), pos
-        cdef int rc
+        cdef uint64_t need = up_need(m.size, m.flags), pos = 0
+        cdef int rc = UP_FULL
         self._fits(need)
         _waiting(&w, 1, need, timeout)
-        if self.r.c.policy == UP_POLICY_LATEST:
-            self._clear(need)
         try:
             while True:
                 self._lock(self.r.c.producer_lock)
-                rc = up_room(&self.r, need, 1)
-                pos = up_claim(&self.r, need, m.size) if rc == UP_OK else 0
-                up_unlock(self.r.c.producer_lock)
+                try:
+                    rc = self._admit(need)
+                    if rc == UP_OK:
+                        pos = up_claim(&self.r, need, m.size)
+                finally:
+                    up_unlock(self.r.c.producer_lock)
                 if rc == UP_OK:
-                    return pos
-                if self._skip_padding() or (
-                        self.r.c.policy != UP_POLICY_BLOCK and self._full(need, False) == UP_AGAIN):
-                    continue
-                if self.r.c.policy not in (UP_POLICY_BLOCK, UP_POLICY_DISCARD) and self._replace(need, &pos):
                     return pos
                 if not self._again(&w):
                     raise _queue.Full
@@ -94,8 +90,10 @@ cdef class Ring(Taker):
         return [(self.r.slots[i].pid, self.r.slots[i].start) for i in range(UP_SLOTS)
                 if self.r.slots[i].pid and self.r.slots[i].pid != mine]
 
-    def recover(self, uint32_t pid, uint64_t max_deliveries=0, covered=()):
-        """Recover one dead process (a supervisor). Frames in `covered` (positions in a checkpoint) are finished.
+    def recover(self, uint32_t pid, uint64_t start, uint64_t max_deliveries=0, covered=()):
+        """Recover one dead process (a supervisor): that with this pid and start time (ticks after boot, as in peers()),
+        so that a later process of the same number is left alone. Frames in `covered` (positions in a checkpoint) are
+        finished.
 
         Returns the positions of frames that reached max_deliveries: this handle holds them now, for end(dead=True).
 
@@ -111,38 +109,37 @@ cdef class Ring(Taker):
         self._enter()
         buried = []
         for i in range(UP_SLOTS):
-            if self.r.slots[i].pid != pid:
+            if self.r.slots[i].pid != pid or self.r.slots[i].start != start:
                 continue
             with nogil:
                 rc = up_recover(&self.r, i, max_deliveries, dead, 256, &found, positions, n)
-            if rc == UP_ALIVE:
+            if rc == UP_ALIVE and self.r.slots[i].pid == pid and self.r.slots[i].start == start:
                 raise QueueError(f"process {pid} is not proven dead; queue {self.label} keeps what it holds")
-            if rc != UP_OK:
-                raise QueueStuck(f"a process holds a lock of queue {self.label} for more than {LOCK_PATIENCE:g} s")
+            self._unstuck(rc)
             buried += [dead[k] for k in range(found)]
         return buried
 
     def declare_producer(self, uint32_t id):
         """Announce a producer: the stream does not end before it closed."""
-        self._mapped()
-        up_set_producer(&self.r, id, UP_PRODUCER_DECLARED, 0)
+        self._set_producer(id, UP_PRODUCER_DECLARED)
 
     def use_producer(self, uint32_t id, uint32_t epoch=0):
         """Bind this handle to a declared producer id, in its life number `epoch`."""
+        cdef int rc
         self._enter()
-        if up_use_producer(&self.r, id, epoch) != UP_OK:
+        with nogil:
+            rc = up_use_producer(&self.r, id, epoch)
+        self._unstuck(rc)
+        if rc != UP_OK:
             raise TooManyParticipants(f"queue {self.label} has no producer id {id}")
 
     def close_producer(self, uint32_t id):
         """Close a producer's end of stream. Idempotent."""
-        self._mapped()
-        if up_set_producer(&self.r, id, UP_PRODUCER_CLOSED, 0) != UP_OK:
-            raise QueueStuck(f"producer {id} of queue {self.label} could not be closed")
+        self._set_producer(id, UP_PRODUCER_CLOSED)
 
     def never_end(self):
         """The stream of this queue has no end: get() waits even when every producer closed."""
-        self._mapped()
-        up_set_producer(&self.r, UP_PRODUCERS - 1, UP_PRODUCER_OPEN, 0)
+        self._set_producer(UP_PRODUCERS - 1, UP_PRODUCER_OPEN)
 
     def emitted(self, uint32_t id):
         """Frames that producer id got into the ring in all its lives (its dead lives recovered)."""
@@ -195,6 +192,7 @@ cdef class Ring(Taker):
         state = up_kind(UP_LDA(up_state_at(&self.r, tail_pos)))
         if head_pos != tail_pos and state in (UP_COMMITTED, UP_AVAILABLE, UP_TAKEN):
             oldest = up_frame_at(&self.r, tail_pos).timestamp
+        pids = [self.r.slots[i].pid for i in range(UP_SLOTS) if self.r.slots[i].pid]
         return {
             "capacity": c.capacity, "head": head_pos, "tail": tail_pos, "next": UP_LD(&c.next),
             "claimed": head.frames, "bytes": head.bytes, "refused": head.dropped,
@@ -202,7 +200,7 @@ cdef class Ring(Taker):
             "aborted": tail.aborted, "redelivered": c.redelivered, "corrupt": c.corrupt, "taken": c.taken,
             "max_depth": c.max_depth, "full_waits": c.full_waits, "empty_waits": c.empty_waits,
             "oldest_ns": oldest, "policy": c.policy, "stream": c.stream, "max_frames": c.max_frames,
-            "participants": len({self.r.slots[i].pid for i in range(UP_SLOTS) if self.r.slots[i].pid}),
+            "participants": len(set(pids)), "handles": len(pids),
         }
 
     def in_flight(self):
@@ -258,11 +256,11 @@ cdef class Ring(Taker):
     def full(self):
         """True when not even a frame of 8 bytes has room (a moment's truth)."""
         self._open()
-        self._skip_padding()
         self._lock(self.r.c.producer_lock)
-        cdef bint none = up_room(&self.r, UP_GRANULE, 1) != UP_OK
-        up_unlock(self.r.c.producer_lock)
-        return none
+        try:
+            return self._room(UP_GRANULE) != UP_OK
+        finally:
+            up_unlock(self.r.c.producer_lock)
 
     cdef int _open(self) except -1:
         if self.closed or not self.mapped:

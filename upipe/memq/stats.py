@@ -23,7 +23,8 @@ class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
     """Payload bytes of them."""
     refused: int
-    """Frames that a drop policy dropped on arrival."""
+    """Frames that a drop policy dropped at the producers' end: newcomers without room, and the newest waiting frame
+    when a newcomer took its place (it counts as claimed no more)."""
     passed: int
     """Frames whose place is free again."""
     finished: int
@@ -55,7 +56,9 @@ class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
     max_frames: int
     """Most frames at a time, 0 = no such bound."""
     participants: int
-    """Processes that joined."""
+    """Processes that joined. Each counts once, however many handles it has."""
+    handles: int
+    """Handles that joined, several of one process too; a queue has places for 512 (TooManyParticipants)."""
 
     @property
     def depth(self) -> int:

@@ -30,8 +30,9 @@ class Graves:
         """Of all dead letters, those of workers too."""
         self._most = {one.name: one.max_deliveries for one in spec.processors}
 
-    def recover(self, worker: WorkerPlan, ends: list[str], pid: int) -> list[tuple[int, ProcessorError]]:
-        """Give back what a dead worker held; pid 0: what any dead process holds on its queues. Idempotent.
+    def recover(self, worker: WorkerPlan, ends: list[str], pid: int, start: int) -> list[tuple[int, ProcessorError]]:
+        """Give back what a dead worker held; without its pid or start time (0: not known, so that it cannot be told
+        from another process of that number) what any dead process holds on its queues. Idempotent.
 
         Returns the calls whose frames were buried, as (execution, error).
 
@@ -41,21 +42,21 @@ class Graves:
         saved = spool.load_checkpoint(spool.checkpoint_path(self.directory, worker.processor, worker.index))
         covered = (saved or Checkpoint(b"", {})).covered
         positions = {name: covered.get(label(self.number, name), ()) for name in worker.inputs}
-        lost = []
+        most, lost = self._most[worker.processor], []
         for name in worker.inputs:
-            for position in self._recover(self.queues[name], pid, self._most[worker.processor], positions[name]):
+            for position in self._recover(self.queues[name], pid, start, most, positions[name]):
                 lost.append(self._bury(self.queues[name], name, position, worker))
         for name in ends:
-            self._recover(self.queues[name], pid)
+            self._recover(self.queues[name], pid, start)
         return lost
 
-    def _recover(self, ring: MemQ, pid: int, most: int = 0, covered: Sequence[int] = ()) -> list[int]:
-        if pid:
-            return list(ring.recover(pid, most, covered))
+    def _recover(self, ring: MemQ, pid: int, start: int, most: int = 0, covered: Sequence[int] = ()) -> list[int]:
+        if pid and start:
+            return list(ring.recover(pid, start, most, covered))
         found: list[int] = []
-        for peer, _ in ring.peers():
+        for peer in ring.peers():
             try:
-                found += ring.recover(peer, most, covered)
+                found += ring.recover(*peer, most, covered)
             except QueueStuck:
                 raise
             except QueueError:

@@ -222,10 +222,10 @@ class LocalRunner(Hearing):
         plan = self._workers[command.worker]
         ends = [name for name, _ in self._ends(command.worker)]
         try:
-            dead = self.graves.recover(plan, ends, command.pid)
+            dead = self.graves.recover(plan, ends, command.pid, command.start)
         except QueueStuck:  # somebody was stopped inside a lock: its death gives the lock free
             self._kill_stopped()
-            dead = self.graves.recover(plan, ends, command.pid)
+            dead = self.graves.recover(plan, ends, command.pid, command.start)
         segment.remove_dead(command.pid, command.start)
         for execution, error in dead:
             answers.fail_call(self.calls, execution, error)

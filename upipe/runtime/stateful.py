@@ -21,7 +21,9 @@ from upipe.runtime.worker import Worker
 from upipe.runtime.worker_state import describe
 
 LOOK_EVERY = 16
-"""Frames between two looks at the room in the queue."""
+"""Frames between two looks at the room in the queues."""
+SHARE = 4
+"""A checkpoint is made early when a quarter of a ring may wait for it."""
 
 
 class Stateful:
@@ -40,6 +42,8 @@ class Stateful:
         )
         self.covered: list[tuple[Any, int]] = []
         """Frames in the state and in no checkpoint yet, as (ring, position); all of them are held."""
+        self._first: dict[Any, int] = {}
+        """Per ring, the oldest position of those. Its room ends there, however much other workers finished behind."""
 
     def run(self) -> None:
         """setup or restore, the stream, teardown."""
@@ -107,9 +111,17 @@ class Stateful:
         position = ring.detach_held()
         if position is not None:
             self.covered.append((ring, position))
+            self._first[ring] = min(position, self._first.get(ring, position))
+            if self._due(ring, position):
+                self._save()
+
+    def _due(self, ring: Any, position: int) -> bool:
+        """Enough frames; or what is held takes so much room of an input that its producers may soon wait for us. Every
+        input counts, not only the one that still has frames for us. (Starved of all, Inputs saves before it sleeps.)"""
         held = len(self.covered)
-        if held >= self.worker.assignment.checkpoint_every or (held % LOOK_EVERY == 0 and _crowded(ring)):
-            self._save()
+        if held >= self.worker.assignment.checkpoint_every or position - self._first[ring] > ring.capacity // SHARE:
+            return True
+        return held % LOOK_EVERY == 0 and any(_crowded(one) for one in self._first)
 
     def _save(self) -> None:
         """Write the state with the frames it contains, then finish those."""
@@ -122,9 +134,11 @@ class Stateful:
         for ring, position in self.covered:
             ring.end(position)
         self.covered = []
+        self._first = {}
 
 
 def _crowded(ring: Any) -> bool:
-    """Whether what is held takes so much room that producers may soon wait for the checkpoint."""
+    """Whether what is taken and not free again takes much room. Frames that still wait for a worker do not count: a
+    backlog is no reason to write checkpoints more often."""
     counters = ring.counters()
-    return bool(counters["head"] - counters["tail"] > ring.capacity // 4)
+    return bool(counters["next"] - counters["tail"] > ring.capacity // SHARE)

@@ -50,6 +50,9 @@ from upipe.runtime.events import (
 )
 from upipe.runtime.restarts import Restarts
 
+UNCONNECTED = 3
+"""Deaths of a script's processes, none of which ever connected, after which its pipe fails: it cannot run here."""
+
 
 @dataclass
 class Slot:
@@ -98,6 +101,10 @@ class Crew:
     slots: list[Slot] = field(default_factory=list)
     """Started so far, by index; more are added by scaling up."""
     deaths: int = 0
+    connected: bool = False
+    """Some life of one of them was ready."""
+    unconnected: int = 0
+    """Deaths of an entry script, by its own doing, while none was ever ready."""
     cpu_seconds: float = 0.0
     discarded: bool = False
 
@@ -219,7 +226,7 @@ class Supervisor:
         return [DeclareEnds(slot.name), StartWorker(slot.name, slot.epoch)]
 
     def _ready(self, slot: Slot) -> list[Command]:
-        slot.was_ready = True
+        slot.was_ready = self.crews[slot.plan.processor].connected = True
         if slot.machine.can("ready"):
             slot.machine.fire("ready")
         return self._up()
@@ -263,20 +270,31 @@ class Supervisor:
             slot.machine.fire("drain")
             return [recover, CloseEnds(slot.name), *self._crew_ended(crew)]
         delay = crew.restarts.died(now)
-        if delay is None:
-            died = f"exit status {event.status}" if event.status >= 0 else f"signal {-event.status}"
+        reason = self._hopeless(crew, slot, event.status, delay)
+        if delay is None or reason:
             slot.machine.fire("fail")
-            return [
-                recover,
-                *self._fail(
-                    f"processor {slot.plan.processor!r}: its workers died {crew.restarts.count} times within "
-                    f"{crew.spec.restart.window:g} s, more than restart.limit={crew.spec.restart.limit} allows "
-                    f"(last: {slot.name}, {died}){': ' + slot.error if slot.error else ''}"
-                ),
-            ]
+            return [recover, *self._fail(reason)]
         slot.spawn_at = now + delay
         slot.pid = slot.start = 0
         return [recover, *self._tick(now)]
+
+    def _hopeless(self, crew: Crew, slot: Slot, status: int, delay: float | None) -> str:
+        """Why a dead worker is not run again; "" when it is."""
+        name, last = slot.plan.processor, f"exit status {status}" if status >= 0 else f"signal {-status}"
+        told = f" (last: {slot.name}, {last}){': ' + slot.error if slot.error else ''}"
+        if delay is None:
+            return (
+                f"processor {name!r}: its workers died {crew.restarts.count} times within "
+                f"{crew.spec.restart.window:g} s, more than restart.limit={crew.spec.restart.limit} allows{told}"
+            )
+        if crew.spec.kind == "entry" and not crew.connected and status != -9:  # SIGKILL: somebody else's doing
+            crew.unconnected += 1
+        if crew.unconnected < UNCONNECTED or crew.connected:
+            return ""
+        return (
+            f"processor {name!r}: its script {crew.spec.entry} ended {crew.unconnected} times and never once got to "
+            f"Processor({name!r}).connect(){told}"
+        )
 
     def _tick(self, now: float) -> list[Command]:
         commands: list[Command] = []

@@ -17,7 +17,7 @@ from __future__ import annotations
 import select
 import time
 
-from upipe.memq._ring import Ring
+from upipe.memq._ring import Doorbell, Ring
 
 CONSUMER, PRODUCER = 0, 1
 _NEED = 64
@@ -31,7 +31,8 @@ class BlockingWait:
         self.rings = rings
         self.end = end
         self.deadline = None if timeout is None else time.monotonic() + timeout
-        self._armed = False
+        self._bells: list[Doorbell] = []
+        """Where this wait is counted as a sleeper, in the order of `rings`."""
         self._fresh = False
         """Armed since the last try."""
         self._late = False
@@ -47,28 +48,29 @@ class BlockingWait:
         self._fresh = False
         if self._poll is None:
             self._poll = select.poll()
-            for ring in self.rings:
-                self._poll.register(ring.bell(self.end).fd, select.POLLIN)
+            for bell in self._bells:
+                self._poll.register(bell.fd, select.POLLIN)
         left = None if self.deadline is None else max(0.0, self.deadline - time.monotonic()) * 1000 + 1
         self._late = not self._poll.poll(left)
-        for ring in self.rings:
-            ring.bell(self.end).drain()
+        for bell in self._bells:
+            bell.drain()
         return True
 
     def _arm(self) -> None:
-        for ring in self.rings:
-            if not self._armed:
-                ring.bell(self.end).sleepers += 1
+        for number, ring in enumerate(self.rings):
+            bell = ring.bell(self.end)  # raises when the handle was closed meanwhile
+            if number == len(self._bells):
+                bell.sleepers += 1
+                self._bells.append(bell)
             if self.end == PRODUCER:
                 ring.arm(self.end, _NEED, True)
             else:
                 ring.arm(self.end)
-        self._armed = self._fresh = True
+        self._fresh = True
 
     def leave(self) -> None:
-        """Done waiting, with or without success. Idempotent."""
-        if self._armed:
-            self._armed = self._fresh = False
-            for ring in self.rings:
-                ring.bell(self.end).sleepers -= 1
-                ring.left(self.end)
+        """Done waiting, with or without success. Idempotent; never raises, whatever was closed meanwhile."""
+        bells, self._bells, self._fresh = self._bells, [], False
+        for ring, bell in zip(self.rings, bells, strict=False):  # fewer bells: not all of them could be made
+            bell.sleepers -= 1
+            ring.left(self.end)
