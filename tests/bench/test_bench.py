@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from benchmark import cases, limits, processes, render, run, schedule, stats, targets  # noqa: E402
+from benchmark import cases, limits, processes, regress, render, run, schedule, stats, targets  # noqa: E402
 from benchmark.model import Outcome, Work  # noqa: E402
 from benchmark.peers import PEERS, Peer, find  # noqa: E402
 from benchmark.tally import Source, Tally  # noqa: E402
@@ -260,3 +260,41 @@ def test_limits_are_measured() -> None:
     found = limits.measure(["futex-one"], quick=True)
     assert set(found) == {"futex-one", "futex-busy-one"}
     assert all(0.5 < value < 5000 for value in found.values())
+
+
+# --- the regression check --------------------------------------------------------------------------------------------
+
+
+def test_a_ratio_that_fell_far_is_told_and_one_that_was_not_measured_too(tmp_path: Path) -> None:
+    other = Peer("other", "x:Y")
+    path = tmp_path / "baseline.json"
+    regress.write([table(SMALL, (OURS, [ok(800)]), (other, [ok(100)]))], path)
+    assert json.loads(path.read_text()) == {"small: upipe.put / other": 8.0}
+    assert regress.problems([table(SMALL, (OURS, [ok(450)]), (other, [ok(100)]))], path) == []
+    (worse,) = regress.problems([table(SMALL, (OURS, [ok(350)]), (other, [ok(100)]))], path)
+    assert "upipe.put / other: 3.5, less than 0.5 of the 8 that it was" in worse
+    (lossy,) = regress.problems([table(SMALL, (OURS, [ok(800, lost=1)]), (other, [ok(100)]))], path)
+    assert "not measured, or lossy" in lossy
+    assert regress.problems([], path) == []  # another case
+
+
+def test_where_less_is_better_a_ratio_is_turned_round() -> None:
+    trips = next(case for case in cases.CASES if case.name == "rtt")
+    found = regress.ratios([table(trips, (OURS, [ok(2)]), (Peer("other", "x:Y"), [ok(10)]))])
+    assert found == {"rtt: upipe.put / other": 5.0}
+
+
+@pytest.mark.slow
+def test_no_ratio_to_the_peers_that_are_always_there_has_fallen_far(tmp_path: Path) -> None:
+    """The regression check itself, in quick form: uPipe beside what Python brings along."""
+    chosen = ["--quick", "--case", "small", "--case", "mpmc", "--case", "frames-1m-copy"]
+    for peer in ("upipe.put", "upipe.many", "upipe.pipe", "mp.Queue", "mp.Pipe"):
+        chosen += ["--peer", peer]
+    command = [sys.executable, "-m", "benchmark", *chosen, "--check", str(ROOT / "scripts/benchmark/baseline.json")]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"}
+    for attempt in range(3):  # other work on the machine hits a short run hard, and never three in a row
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+        if done.returncode == 0:
+            return
+        print(f"attempt {attempt + 1}:\n{done.stdout}\n{done.stderr}")
+    pytest.fail("uPipe's ratios fell three times in a row; see above")
