@@ -78,7 +78,7 @@ def feed(protocol: asyncio.BaseProtocol, data: bytes) -> None:
     assert isinstance(protocol, asyncio.BufferedProtocol)
     rest = memoryview(data)
     while rest:
-        room = memoryview(protocol.get_buffer(len(rest)))  # type: ignore[arg-type]
+        room = memoryview(protocol.get_buffer(len(rest)))
         taken = min(len(room), len(rest))
         room[:taken] = rest[:taken]
         protocol.buffer_updated(taken)
