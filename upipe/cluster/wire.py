@@ -11,6 +11,9 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+PROTOCOL = 1
+"""Version of what nodes say to each other; nodes of different ones refuse each other at join."""
+
 NODE_ID = "[0-9a-f]{16}"
 SHA256 = "[0-9a-f]{64}"
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
