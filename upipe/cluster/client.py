@@ -268,7 +268,8 @@ def told(where: str, error: BaseException) -> ClusterError:
     """The exception of ours for one of the network's. Pure."""
     inner = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
     if isinstance(error, (aiohttp.ClientSSLError, ssl.SSLError)) or isinstance(inner, ssl.SSLError):
-        return NodeUnproven(f"{where} is not proven to be of this cluster: {tls.explain(inner)}")
+        said = "does not take us for one of its cluster" if "ALERT" in str(inner) else "is not proven to be of this cluster"
+        return NodeUnproven(f"{where} {said}: {tls.explain(inner)}")
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return NodeUnreachable(f"{where} cannot be found: its name does not resolve ({inner})")
     if isinstance(error, aiohttp.ClientPayloadError):
@@ -277,7 +278,8 @@ def told(where: str, error: BaseException) -> ClusterError:
         return NodeUnreachable(f"{where} does not answer: nothing listens there; is `upipe-node` running?")
     if isinstance(inner, FileNotFoundError):
         return NodeUnreachable(f"{where} does not answer: there is no such socket; is `upipe-node` running?")
-    return NodeUnreachable(f"{where} cannot be reached: {inner.strerror if isinstance(inner, OSError) and inner.strerror else inner}")
+    reason = inner.strerror if isinstance(inner, OSError) and inner.strerror else str(inner) or type(inner).__name__
+    return NodeUnreachable(f"{where} cannot be reached: {reason}")
 
 
 def refusal(where: str, status: int, body: bytes) -> NodeRefused:

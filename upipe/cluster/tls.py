@@ -329,5 +329,6 @@ def explain(error: BaseException) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return _VERIFY.get(error.verify_code, _OTHER_CA)
     if isinstance(error, ssl.SSLError):
-        return next((told for name, told in _ALERTS.items() if name in (error.reason or "")), f"TLS failed: {error.reason}")
+        reason = getattr(error, "reason", None) or str(error)
+        return next((told for name, told in _ALERTS.items() if name in reason), f"TLS failed: {reason}")
     return "it ended the connection inside the TLS handshake: another program listens there, or it is stopping"
