@@ -18,7 +18,7 @@ from upipe.cluster import routes, tls, wire
 from upipe.cluster.audit import Audit
 from upipe.cluster.client import Client, Target
 from upipe.cluster.guard import Policy
-from upipe.cluster.listen import Limits
+from upipe.cluster.listen import DEFAULT_LIMITS, Limits
 from upipe.cluster.routes import Bytes, Route
 from upipe.cluster.server import Call, Handler, Server, refuse
 from upipe.cluster.token import Secret
@@ -88,7 +88,11 @@ def answering(route: Route[Any, Any]) -> Handler:
 
 
 def handlers(**other: Handler) -> dict[str, Handler]:
-    made = {route.name: answering(route) for route in routes.ROUTES if route is not routes.OPENAPI and route.answer in ANSWERS}
+    made = {
+        route.name: answering(route)
+        for route in routes.ROUTES
+        if route is not routes.OPENAPI and route.answer in ANSWERS
+    }
     return {**made, "put_code": put_code, "mirror": mirror, **other}
 
 
@@ -99,7 +103,9 @@ class Running:
     unix: Path
     log: Path
 
-    def client(self, secret: Secret = SECRET, identity: tls.Identity = CLIENT, node: str = NODE, **options: Any) -> Client:
+    def client(
+        self, secret: Secret = SECRET, identity: tls.Identity = CLIENT, node: str = NODE, **options: Any
+    ) -> Client:
         return Client(Target("127.0.0.1", self.port, node), secret, tls.issue(secret, identity), **options)
 
     def audit(self) -> list[dict[str, Any]]:
@@ -115,16 +121,14 @@ class Running:
         finally:
             await closed(writer)
 
-    async def open(
-        self, context: ssl.SSLContext | None = None
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def open(self, context: ssl.SSLContext | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         name = tls.DOMAIN if context else None
         return await asyncio.open_connection("127.0.0.1", self.port, ssl=context, server_hostname=name)
 
 
 @asynccontextmanager
 async def running(
-    folder: Path, limits: Limits = Limits(), plain: bool = False, credentials: tls.Credentials | None = None,
+    folder: Path, limits: Limits = DEFAULT_LIMITS, plain: bool = False, credentials: tls.Credentials | None = None,
     **other: Handler,
 ) -> AsyncIterator[Running]:  # fmt: skip
     """Serve on loopback and on a Unix socket; `plain` without TLS, for requests written by hand."""
@@ -148,7 +152,9 @@ async def closed(writer: asyncio.StreamWriter) -> None:
         await writer.wait_closed()
 
 
-def request(method: str, path: str, *headers: str, token: str | None = SECRET.bearer, body: bytes = b"", host: str = "localhost") -> bytes:
+def request(
+    method: str, path: str, *headers: str, token: str | None = SECRET.bearer, body: bytes = b"", host: str = "localhost"
+) -> bytes:
     """A request by hand."""
     lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", *headers]
     if token is not None:

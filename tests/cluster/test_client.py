@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ import aiohttp
 import pytest
 
 from tests.cluster.secure_support import CLIENT, NODE, OTHER, SECRET, Echo, Running, running
-from upipe.cluster import routes, tls, wire
+from upipe.cluster import routes, tls, token, wire
 from upipe.cluster.client import Client, Target, told
 from upipe.cluster.server import Call, refuse
 from upipe.errors import NodeAnswerInvalid, NodeRefused, NodeTimeout, NodeUnproven, NodeUnreachable
 
-NOW = datetime.now(timezone.utc)
+NOW = datetime.now(UTC)
 PROVEN = tls.Identity("node", NODE)
 
 
@@ -53,6 +54,10 @@ async def imposter(context: ssl.SSLContext | None, answer: bytes = b"") -> Async
         await server.wait_closed()
 
 
+def dialling(port: int) -> Client:
+    return Client(Target("127.0.0.1", port, NODE), SECRET, tls.issue(SECRET, CLIENT))
+
+
 def node_of(secret: Any = SECRET, identity: tls.Identity = PROVEN, now: datetime = NOW) -> ssl.SSLContext:
     return tls.server_context(tls.issue(secret, identity, ["127.0.0.1", "localhost"], now))
 
@@ -72,10 +77,9 @@ IMPOSTERS: dict[str, tuple[Callable[[], ssl.SSLContext | None], str]] = {
 async def test_who_is_not_proven_hears_no_token(
     context: Callable[[], ssl.SSLContext | None], said: str, upgrade: bool
 ) -> None:
-    async with imposter(context(), b"HTTP/1.1 200 OK\r\n\r\n") as (port, heard):
-        async with Client(Target("127.0.0.1", port, NODE), SECRET, tls.issue(SECRET, CLIENT)) as client:
-            with pytest.raises(NodeUnproven, match=said):
-                await (client.upgrade(routes.MIRROR, Echo(), mirror="m") if upgrade else client.call(routes.NODE))
+    async with imposter(context(), b"HTTP/1.1 200 OK\r\n\r\n") as (port, heard), dialling(port) as client:
+        with pytest.raises(NodeUnproven, match=said):
+            await (client.upgrade(routes.MIRROR, Echo(), mirror="m") if upgrade else client.call(routes.NODE))
     assert b"HTTP" not in heard and b"Bearer" not in heard
     assert SECRET.bearer.encode() not in heard
 
@@ -86,7 +90,7 @@ async def test_plain_tcp_is_never_dialled_on_loopback_either() -> None:
 
 
 async def test_a_socket_in_a_directory_of_others_is_not_asked(tmp_path: Path) -> None:
-    tmp_path.chmod(0o777)
+    os.chmod(tmp_path, 0o777)
     heard = bytearray()
     server = await asyncio.get_running_loop().create_unix_server(lambda: Recorder(heard, b""), str(tmp_path / "node"))
     async with Client(Target(unix=tmp_path / "node"), SECRET) as client:
@@ -102,37 +106,39 @@ async def test_a_seed_may_be_any_node_of_the_cluster(tmp_path: Path) -> None:
 
 
 async def test_a_redirect_is_not_followed(tmp_path: Path) -> None:
-    async with imposter(node_of(), b"HTTP/1.1 307 X\r\nLocation: https://evil.example/\r\nContent-Length: 0\r\n\r\n") as (port, _):
-        async with Client(Target("127.0.0.1", port, NODE), SECRET, tls.issue(SECRET, CLIENT)) as client:
-            with pytest.raises(NodeRefused) as raised:
-                await client.call(routes.NODE)
+    async with (
+        imposter(node_of(), b"HTTP/1.1 307 X\r\nLocation: https://evil.example/\r\nContent-Length: 0\r\n\r\n") as (
+            port,
+            _,
+        ),
+        dialling(port) as client,
+    ):
+        with pytest.raises(NodeRefused) as raised:
+            await client.call(routes.NODE)
     assert (raised.value.status, raised.value.code) == (307, "unknown")
 
 
 @pytest.mark.parametrize("answer", [b"[]", b"{", b'{"node": "short"}'])
 async def test_an_answer_that_is_none_is_told_so(answer: bytes) -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(answer)
-    async with imposter(node_of(), head + answer) as (port, _):
-        async with Client(Target("127.0.0.1", port, NODE), SECRET, tls.issue(SECRET, CLIENT)) as client:
-            with pytest.raises(NodeAnswerInvalid, match="what is no answer"):
-                await client.call(routes.NODE)
+    async with imposter(node_of(), head + answer) as (port, _), dialling(port) as client:
+        with pytest.raises(NodeAnswerInvalid, match="what is no answer"):
+            await client.call(routes.NODE)
 
 
 async def test_an_answer_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(vars(routes.NODE), "most_answer", 1000)
-    async with imposter(node_of(), b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 2000) as (port, _):
-        async with Client(Target("127.0.0.1", port, NODE), SECRET, tls.issue(SECRET, CLIENT)) as client:
-            with pytest.raises(NodeAnswerInvalid, match="more than 1,000 bytes"):
-                await client.call(routes.NODE)
+    async with imposter(node_of(), b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 2000) as (port, _), dialling(port) as client:
+        with pytest.raises(NodeAnswerInvalid, match="more than 1,000 bytes"):
+            await client.call(routes.NODE)
 
 
 async def test_silence_ends_at_the_deadline() -> None:
-    async with imposter(node_of()) as (port, _):
-        async with Client(Target("127.0.0.1", port, NODE), SECRET, tls.issue(SECRET, CLIENT)) as client:
-            with pytest.raises(NodeTimeout, match=f"node {NODE} at 127.0.0.1:{port} did not answer for 0.05 s"):
-                await client.call(routes.NODE, seconds=0.05)
-            with pytest.raises(NodeTimeout):
-                await client.upgrade(routes.MIRROR, Echo(), seconds=0.05, mirror="m")
+    async with imposter(node_of()) as (port, _), dialling(port) as client:
+        with pytest.raises(NodeTimeout, match=f"node {NODE} at 127.0.0.1:{port} did not answer for 0.05 s"):
+            await client.call(routes.NODE, seconds=0.05)
+        with pytest.raises(NodeTimeout):
+            await client.upgrade(routes.MIRROR, Echo(), seconds=0.05, mirror="m")
 
 
 class Waits:
@@ -212,7 +218,7 @@ def test_what_the_network_says_is_told_in_a_sentence() -> None:
     assert isinstance(told("n", aiohttp.ServerDisconnectedError()), NodeUnreachable)
 
 
-# ------------------------------------------------------------------------------------------------- where the token is not
+# ----------------------------------------------------------------------------------------- where the token is not
 
 
 async def _use(node: Running) -> None:
@@ -240,12 +246,12 @@ async def test_the_token_is_in_no_log_and_in_no_exception(tmp_path: Path, caplog
 
 
 LOOKER = """
-import os, sys
+import os
 from pathlib import Path
 from upipe.cluster import tls, token
 secret = token.load()
 tls.server_context(tls.issue(secret, tls.Identity("node", "aa" * 8)))
-seen = Path("/proc/self/cmdline").read_bytes() + Path("/proc/self/environ").read_bytes() + repr(dict(os.environ)).encode()
+seen = b"".join(Path("/proc/self", name).read_bytes() for name in ("cmdline", "environ")) + repr(os.environ).encode()
 assert secret.bearer.encode() not in seen and secret.text().split(".")[1].encode() not in seen
 assert token.VARIABLE in os.environ and token.VARIABLE not in token.without_token(os.environ)
 print("clean")
@@ -254,10 +260,6 @@ print("clean")
 
 @pytest.mark.slow
 def test_the_token_is_in_no_process_list_and_no_environment(tmp_path: Path) -> None:
-    import os
-
-    from upipe.cluster import token
-
     token.create(tmp_path / "t")
     environment = {**os.environ, token.VARIABLE: str(tmp_path / "t"), "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", LOOKER], env=environment, capture_output=True, text=True, timeout=60)

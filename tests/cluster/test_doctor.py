@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from upipe.cluster.server import Call
 from upipe.cluster.wire import Member, Members
 from upipe.memq.layout import LAYOUT_VERSION
 
-NOW = datetime(2026, 11, 22, tzinfo=timezone.utc)
+NOW = datetime(2026, 11, 22, tzinfo=UTC)
 GIB = 1 << 30
 WELL = Seen(
     memory=Memory("/dev/shm", 8 * GIB, 4 * GIB), descriptors=65536, port="", token=Token("/t", "ab" * 8),

@@ -95,11 +95,13 @@ schema = schemathesis.openapi.from_dict(DOCUMENT)
 @pytest.mark.slow
 @schema.parametrize()
 @settings(
-    max_examples=15, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate],
+    max_examples=4, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 def test_a_real_server_does_what_the_document_says(case: schemathesis.Case, node: dict[str, Any]) -> None:
-    case.call_and_validate(headers={"Authorization": f"Bearer {SECRET.bearer}"}, checks=list(CHECKS), timeout=10, **node)
+    case.call_and_validate(
+        headers={"Authorization": f"Bearer {SECRET.bearer}"}, checks=list(CHECKS), timeout=10, **node
+    )
 
 
 def test_the_file_is_served(tmp_path: Path) -> None:

@@ -5,23 +5,19 @@ from __future__ import annotations
 import asyncio
 import gzip
 import hashlib
-import os
-import socket
-import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from tests.cluster.secure_support import (
     ANSWERS,
     BODIES,
-    CLIENT,
     NODE,
     PARAMETERS,
     SECRET,
     Echo,
-    Running,
     closed,
     handlers,
     problem_of,
@@ -36,7 +32,7 @@ from upipe.cluster.guard import Policy
 from upipe.cluster.listen import Limits
 from upipe.cluster.routes import Bytes
 from upipe.cluster.server import Call, Server
-from upipe.errors import NodeCannotServe, NodeRefused
+from upipe.errors import NodeRefused
 
 METHODS = ("GET", "HEAD", "PUT", "POST", "DELETE", "PATCH", "OPTIONS", "TRACE")
 PATHS = sorted({route.path.format_map(PARAMETERS) for route in routes.ROUTES} | {"/", "/v1/nothing", "/../etc/passwd"})
@@ -84,7 +80,12 @@ FOREIGN = {
     "a cross-site fetch": ("localhost", ("Sec-Fetch-Site: cross-site",)),
     "a same-site fetch": ("localhost", ("Sec-Fetch-Site: same-site",)),
 }
-WEBSOCKET = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==")
+WEBSOCKET = (
+    "Connection: Upgrade",
+    "Upgrade: websocket",
+    "Sec-WebSocket-Version: 13",
+    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
+)
 MIRROR = ("Connection: Upgrade", "Upgrade: upipe-mirror/1")
 
 
@@ -105,7 +106,9 @@ async def test_a_foreign_page_is_403_on_every_verb_and_upgrade_even_with_the_tok
         assert all(one["code"].startswith("foreign_") for one in node.audit())
 
 
-@pytest.mark.parametrize("host", ["localhost", "localhost:9999", "127.0.0.1:1", "[::1]:1", f"{NODE}.{tls.DOMAIN}", "LOCALHOST"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "localhost:9999", "127.0.0.1:1", "[::1]:1", f"{NODE}.{tls.DOMAIN}", "LOCALHOST"]
+)
 async def test_our_own_names_pages_and_typed_addresses_are_let_in(tmp_path: Path, host: str) -> None:
     headers = (f"Origin: http://{host}", "Sec-Fetch-Site: same-origin", "Connection: close")
     async with running(tmp_path, plain=True) as node:
@@ -166,7 +169,8 @@ BAD = {
     "absurd length": (request("POST", "/v1/pipes", JSON, f"Content-Length: {10**30}"), 400, ""),
     "negative length": (request("POST", "/v1/pipes", JSON, "Content-Length: -1"), 400, ""),
     "two framings": (
-        request("POST", "/v1/pipes", JSON, "Content-Length: 5", "Transfer-Encoding: chunked", body=b"0\r\n\r\n"), 400, ""
+        request("POST", "/v1/pipes", JSON, "Content-Length: 5", "Transfer-Encoding: chunked", body=b"0\r\n\r\n"),
+        400, "",
     ),
     "bad chunks": (request("POST", "/v1/pipes", JSON, "Transfer-Encoding: chunked", body=b"zz\r\n"), 400, ""),
     "gzip bomb": (
@@ -182,7 +186,9 @@ BAD = {
     "deep in a field": (
         request("POST", "/v1/pipes", JSON, "Content-Length: 50008", body=b'{"spec":' + b"[" * 50000), 400, "bad_body"
     ),
-    "a field of another type": (request("POST", "/v1/pipes", JSON, "Content-Length: 10", body=b'{"name":1}'), 400, "bad_body"),
+    "a field of another type": (
+        request("POST", "/v1/pipes", JSON, "Content-Length: 10", body=b'{"name":1}'), 400, "bad_body"
+    ),
     "a body where none is": (request("GET", "/v1/node", "Content-Length: 2", body=b"{}"), 400, "unwanted_body"),
     "no such path": (request("GET", "/v1/nothing"), 404, "no_such_path"),
     "escaped path": (request("GET", "/v1/%6eode"), 404, "no_such_path"),
@@ -195,7 +201,9 @@ BAD = {
 
 
 @pytest.mark.parametrize(("data", "status", "code"), BAD.values(), ids=BAD.keys())
-async def test_bad_requests_get_a_status_a_code_and_a_sentence(tmp_path: Path, data: bytes, status: int, code: str) -> None:
+async def test_bad_requests_get_a_status_a_code_and_a_sentence(
+    tmp_path: Path, data: bytes, status: int, code: str
+) -> None:
     async with running(tmp_path, plain=True) as node:
         answer = await node.raw(data)
         assert status_of(answer) == status, answer
@@ -258,79 +266,7 @@ async def test_strangers_hold_few_connections_and_those_who_proved_themselves_ke
             await closed(one)
 
 
-async def test_the_socket_is_ours_alone_and_asks_for_the_token_too(tmp_path: Path) -> None:
-    async with running(tmp_path) as node:
-        assert stat.S_IMODE(node.unix.stat().st_mode) == 0o600
-        assert stat.S_IMODE(node.unix.parent.stat().st_mode) == 0o700
-        async with Client(Target(unix=node.unix), SECRET) as client:
-            assert (await client.call(routes.NODE)).node == NODE
-        reader, writer = await asyncio.open_unix_connection(str(node.unix))
-        writer.write(request("GET", "/v1/node", token=None))
-        assert status_of(await reader.read()) == 401
-        await closed(writer)
-    assert not node.unix.exists()
-
-
-async def test_another_user_is_turned_away_at_the_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from upipe.cluster import listen
-
-    async with running(tmp_path) as node:
-        monkeypatch.setattr(listen, "uid_of", lambda connection: os.geteuid() + 12345)
-        reader, writer = await asyncio.open_unix_connection(str(node.unix))
-        assert await reader.read() == b""
-        await closed(writer)
-        assert node.audit()[-1]["code"] == "other_user"
-
-
-async def test_a_socket_that_a_dead_node_left_is_replaced_and_a_living_one_is_not(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir(mode=0o700)
-    with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(str(tmp_path / "run" / "node"))
-    async with running(tmp_path):
-        with pytest.raises(NodeCannotServe, match="another node listens"):
-            async with running(tmp_path):
-                pass
-
-
-async def test_a_directory_that_is_open_to_others_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run").chmod(0o755)
-    with pytest.raises(NodeCannotServe, match="chmod 700"):
-        async with running(tmp_path):
-            pass
-
-
-# ------------------------------------------------------------------------------------------------- listening
-
-
-def server(folder: Path, bearer: str = SECRET.bearer) -> Server:
-    return Server(Policy(bearer, NODE), handlers(), Audit(folder / "log"))
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
-@pytest.mark.parametrize(("bearer", "said"), [("", "needs a cluster token"), (SECRET.bearer, "needs TLS")])
-async def test_open_to_others_without_token_or_tls_refuses_to_start(tmp_path: Path, host: str, bearer: str, said: str) -> None:
-    with pytest.raises(NodeCannotServe, match=said):
-        server(tmp_path, bearer).listen_tcp(host, 0, None)
-
-
-async def test_loopback_without_token_refuses_to_start(tmp_path: Path) -> None:
-    with pytest.raises(NodeCannotServe, match="on loopback too"):
-        server(tmp_path, "").listen_tcp("127.0.0.1", 0, None)
-    with pytest.raises(NodeCannotServe, match="on loopback too"):
-        server(tmp_path, "").listen_unix(tmp_path / "s")
-
-
-async def test_a_port_in_use_names_who_uses_it(tmp_path: Path) -> None:
-    async with running(tmp_path) as node:
-        with pytest.raises(NodeCannotServe, match=rf"port {node.port} on 127.0.0.1 is in use by process {os.getpid()} .*--port"):
-            server(tmp_path).listen_tcp("127.0.0.1", node.port, None)
-
-
-async def test_an_address_that_is_not_of_here_is_named(tmp_path: Path) -> None:
-    credentials = tls.issue(SECRET, tls.Identity("node", NODE))
-    with pytest.raises(NodeCannotServe, match="192.0.2.1 is no address of this host"):
-        server(tmp_path).listen_tcp("192.0.2.1", 0, credentials)
+# ------------------------------------------------------------------------------------------------- handlers
 
 
 def test_a_route_without_handler_or_a_handler_without_route_fails_at_start(tmp_path: Path) -> None:
@@ -343,10 +279,9 @@ def test_a_route_without_handler_or_a_handler_without_route_fails_at_start(tmp_p
             Server(Policy("t"), handlers(extra=some["node"]), audit)
 
 
-# ------------------------------------------------------------------------------------------------- handlers
-
-
-async def test_a_handler_that_fails_tells_the_peer_nothing_of_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_handler_that_fails_tells_the_peer_nothing_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async def broken(call: Call) -> None:
         raise RuntimeError("the inner life of a node")
 
@@ -375,6 +310,20 @@ async def test_an_answer_is_streamed_as_it_comes(tmp_path: Path) -> None:
         assert [piece async for piece in stream] == [b"two\n"]
 
 
+def ending(server: Server) -> asyncio.Event:
+    """Set when the server has dealt with its next request, to the end."""
+    ended, answer = asyncio.Event(), server._web.request_handler
+
+    async def watched(request: Any) -> Any:
+        try:
+            return await answer(request)
+        finally:
+            ended.set()
+
+    server._web.request_handler = watched
+    return ended
+
+
 class Hearing(asyncio.BufferedProtocol):
     """A mirror's end, as it receives into memory of its own."""
 
@@ -400,19 +349,21 @@ class Hearing(asyncio.BufferedProtocol):
 
 
 @pytest.mark.parametrize("protocol", [Hearing])
-async def test_a_connection_is_upgraded_over_tls_and_ends_without_a_trace(tmp_path: Path, protocol: type[Hearing]) -> None:
+async def test_a_connection_is_upgraded_over_tls_and_ends_without_a_trace(
+    tmp_path: Path, protocol: type[Hearing]
+) -> None:
     async with running(tmp_path) as node, node.client() as client:
         ours = protocol()
+        left = ending(node.server)
         transport = await client.upgrade(routes.MIRROR, ours, mirror="m")
         await ours.until(b"hello")
         transport.write(b"and a mirror's bytes")
         await ours.until(b"helloAND A MIRROR'S BYTES")
         assert len(node.server.gate.inside) == 1
         transport.abort()
-        while node.server.gate.inside:
-            await asyncio.sleep(0)
-        while node.audit()[-1]["event"] != "upgraded":
-            await asyncio.sleep(0)
+        await left.wait()
+        assert not node.server.gate.inside
+        assert node.audit()[-1]["event"] == "upgraded"
 
 
 async def test_an_upgrade_that_is_refused_says_why(tmp_path: Path) -> None:
@@ -432,3 +383,16 @@ async def test_stopping_twice_does_no_harm_and_ends_upgraded_connections(tmp_pat
         await echo.lost.wait()
 
 
+def test_all_of_it_runs_on_uvloop_too(tmp_path: Path) -> None:
+    async def use() -> None:
+        async with running(tmp_path) as node, node.client() as client:
+            assert (await client.call(routes.NODE)).node == NODE
+            async with Client(Target(unix=node.unix), SECRET) as local:
+                assert (await local.call(routes.NODE)).node == NODE
+            ours = Hearing()
+            transport = await client.upgrade(routes.MIRROR, ours, mirror="m")
+            transport.write(b"bytes")
+            await ours.until(b"helloBYTES")
+            transport.close()
+
+    uvloop.run(use())

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import ssl
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tests.cluster.secure_support import CLIENT, NODE, OTHER, SECRET
 from upipe.cluster import tls
 from upipe.errors import CertificateError
 
-NOW = datetime.now(timezone.utc)
+NOW = datetime.now(UTC)
 SERVER = tls.Identity("node", NODE)
 DAY = timedelta(days=1)
 
@@ -102,9 +102,7 @@ def test_clocks_may_differ_by_minutes(minutes: int) -> None:
     assert handshake(issued(now=NOW + timedelta(minutes=minutes)), issued(CLIENT)) == CLIENT
 
 
-@pytest.mark.parametrize(
-    ("then", "said"), [(NOW + DAY, "not valid yet.*date -u"), (NOW - 8 * DAY, "expired.*date -u")]
-)
+@pytest.mark.parametrize(("then", "said"), [(NOW + DAY, "not valid yet.*date -u"), (NOW - 8 * DAY, "expired.*date -u")])
 def test_a_clock_off_by_a_day_is_told_as_such(then: datetime, said: str) -> None:
     assert re.search(said, refused(issued(now=then), issued(CLIENT)))
     assert "date -u" in tls.explain(_alert(issued(), issued(CLIENT, now=then)))
@@ -164,9 +162,7 @@ class Own:
         self.ca, self.certificate, self.key = (folder / name for name in ("ca.pem", "node.pem", "node.key"))
         self.ca.write_bytes(self.sign("Our CA", self.ca_key, NOW - DAY, NOW + 99 * DAY, authority=True))
         self.certificate.write_bytes(self.sign("box.example", key, begins, ends))
-        self.key.write_bytes(
-            key.private_bytes(tls.Encoding.PEM, tls.PrivateFormat.PKCS8, tls.NoEncryption())
-        )
+        self.key.write_bytes(key.private_bytes(tls.Encoding.PEM, tls.PrivateFormat.PKCS8, tls.NoEncryption()))
         self.key.chmod(0o600)
 
     def sign(self, name: str, key: Any, begins: datetime, ends: datetime, authority: bool = False) -> bytes:
@@ -192,9 +188,14 @@ def test_own_certificates_go_by_their_host_names_and_make_a_node(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("begins", "ends", "said"),
-    [(NOW - 9 * DAY, NOW - DAY, "node.pem expired at .*renew it"), (NOW + DAY, NOW + 9 * DAY, "node.pem is valid from .*clock")],
+    [
+        (NOW - 9 * DAY, NOW - DAY, "node.pem expired at .*renew it"),
+        (NOW + DAY, NOW + 9 * DAY, "node.pem is valid from .*clock"),
+    ],
 )
-def test_own_certificates_out_of_their_time_are_refused(tmp_path: Path, begins: datetime, ends: datetime, said: str) -> None:
+def test_own_certificates_out_of_their_time_are_refused(
+    tmp_path: Path, begins: datetime, ends: datetime, said: str
+) -> None:
     with pytest.raises(CertificateError, match=said):
         Own(tmp_path, begins, ends).bring()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -30,7 +30,7 @@ def doctor(
     host: str, port: int, cluster: str, seeds: tuple[str, ...], token_file: Path | None, tls_ca: Path | None,
     tls_cert: Path | None, tls_key: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Check whether a node would work here: shared memory, limits, token, port, multicast, peers, TLS, versions, clocks.
+    """Check if a node would work here: shared memory, limits, token, port, multicast, peers, TLS, versions, clocks.
 
     Exit status 1 when there is a problem. Nothing is changed; peers are asked what they are.
     """
@@ -44,7 +44,7 @@ def doctor(
         raise click.UsageError("--tls-ca, --tls-cert and --tls-key go together")
     wanted = Wanted(host, port, cluster, seeds)
     seen = asyncio.run(SystemProbes(token_file, own).look(wanted))
-    found = examine(wanted, seen, datetime.now(timezone.utc))
+    found = examine(wanted, seen, datetime.now(UTC))
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
     else:

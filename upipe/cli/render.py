@@ -208,7 +208,9 @@ _LEVELS = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 def findings(found: Iterable[tuple[str, str, str, str, str]]) -> Group:
     """Check, level, where, what and what to do: a table, and how it looks in all."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold", expand=True)
+    made = Table(
+        expand=True, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", show_edge=False
+    )
     for name in ("check", "", "found"):
         made.add_column(name, no_wrap=name != "found", overflow="fold", ratio=1 if name == "found" else None)
     levels = []

@@ -1,10 +1,11 @@
 """The audit log: who changed or was refused what, one JSON object a line, in files of our own and of bounded size.
 
-    {"time": "2026-11-22T21:00:00.000Z", "event": "refused", "peer": "10.0.0.7", "status": 401, "code": "unauthorized", ...}
+    {"time": "2026-11-22T21:00:00.000Z", "event": "refused", "peer": "10.0.0.7", "status": 401, "code":
+    "unauthorized", ...}
 
-Events: refused, changed (a request that changes something was let in; its status says how it ended), upgraded, handshake
-(TLS failed), turned_away (too many connections). What comes from outside is shortened, and the token cut out should
-someone put it into a path.
+Events: refused, changed (a request that changes something was let in; its status says how it ended), upgraded,
+handshake (TLS failed), turned_away (too many connections). What comes from outside is shortened, and the token cut
+out should someone put it into a path.
 """
 
 from __future__ import annotations
@@ -89,5 +90,7 @@ class Audit:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

@@ -1,8 +1,9 @@
-"""Asking a node: each request is a line of the route table, has a deadline, and fails as a typed exception with a sentence.
+"""Asking a node: each request is a line of the route table, has a deadline, and fails as a typed exception.
 
-The token goes out only after the peer is proven: over TLS the handshake checks the cluster's CA and the node's name before
-there is anything to write to; a Unix socket must lie in a directory that is this user's alone. There is no third way: plain
-TCP is refused, on loopback too, where any user of the host may listen. Redirects, proxies and cookies are off.
+The token goes out only after the peer is proven: over TLS the handshake checks the cluster's CA and the node's name
+before there is anything to write to; a Unix socket must lie in a directory that is this user's alone. There is no
+third way: plain TCP is refused, on loopback too, where any user of the host may listen. Redirects, proxies and
+cookies are off.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ A = TypeVar("A")
 ATTEMPTS = 3
 """Tries of a request that may be sent again, within its one deadline."""
 BACKOFF = 0.1
-"""Seconds before the second try, at most; doubles. The wait is a random share of it, so that nodes do not go in step."""
+"""Seconds before the second try, at most; doubles. The wait is a random share: nodes do not go in step."""
 CONNECTIONS = 8
 """To one node, of one client, at a time."""
 
@@ -126,7 +127,9 @@ class Client:
         except msgspec.MsgspecError as error:
             raise NodeAnswerInvalid(f"{self.target} answered {route.name} with what is no answer: {error}") from None
 
-    async def upload(self, route: Route[Bytes, A], data: bytes, *, seconds: float | None = None, **parameters: str) -> A:
+    async def upload(
+        self, route: Route[Bytes, A], data: bytes, *, seconds: float | None = None, **parameters: str
+    ) -> A:
         """Send bytes; as `call`."""
         answer = await self._tried(route, data, seconds, ATTEMPTS, parameters)
         return msgspec.json.decode(answer, type=route.answer)
@@ -159,7 +162,7 @@ class Client:
         request = f"GET {route.fill(parameters)} HTTP/1.1\r\n{head}\r\n".encode()
         async with self._told(seconds):
             self._check_unix()
-            where = (self.target.unix or (self.target.host, self.target.port))
+            where = self.target.unix or (self.target.host, self.target.port)
             return await open_upgraded(where, self._context, self._name, request, protocol, str(self.target))
 
     async def close(self) -> None:
@@ -268,7 +271,11 @@ def told(where: str, error: BaseException) -> ClusterError:
     """The exception of ours for one of the network's. Pure."""
     inner = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
     if isinstance(error, (aiohttp.ClientSSLError, ssl.SSLError)) or isinstance(inner, ssl.SSLError):
-        said = "does not take us for one of its cluster" if "ALERT" in str(inner) else "is not proven to be of this cluster"
+        said = (
+            "does not take us for one of its cluster"
+            if "ALERT" in str(inner)
+            else "is not proven to be of this cluster"
+        )
         return NodeUnproven(f"{where} {said}: {tls.explain(inner)}")
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return NodeUnreachable(f"{where} cannot be found: its name does not resolve ({inner})")

@@ -1,7 +1,7 @@
 """What keeps a node from working here, found before it matters: pure checks of what probes.py saw.
 
-Each check turns facts into findings: ok, warning (it works, and may surprise) or problem (it will not work), and each of
-the latter two says what to do. Nothing here looks at the machine, so each sentence is tested with made-up facts.
+Each check turns facts into findings: ok, warning (it works, and may surprise) or problem (it will not work), and each
+of the latter two says what to do. Nothing here looks at the machine, so each sentence is tested with made-up facts.
 """
 
 from __future__ import annotations
@@ -219,7 +219,9 @@ def kind(wanted: Wanted, address: str, info: NodeInfo, ours: Seen) -> Finding:
         return Finding("peer", "problem", what, address, "install the same version on both")
     told = f"cluster {info.cluster}, uPipe {info.version}, {info.state}"
     if info.version != ours.version:
-        return Finding("peer", "warning", f"{told}; here is {ours.version}", address, "install the same version on both")
+        return Finding(
+            "peer", "warning", f"{told}; here is {ours.version}", address, "install the same version on both"
+        )
     return Finding("peer", "ok", told, address)
 
 
@@ -237,4 +239,6 @@ def clock(address: str, offset: float) -> Finding:
 def alone(wanted: Wanted) -> Finding:
     """A node that nobody can reach and that knows nobody is a cluster of one."""
     what = "only this host can reach a node there"
-    return Finding("address", "warning", what, wanted.host, "for a cluster, use --host 0.0.0.0 or an address of this host")
+    return Finding(
+        "address", "warning", what, wanted.host, "for a cluster, use --host 0.0.0.0 or an address of this host"
+    )

@@ -95,7 +95,9 @@ def foreign(headers: Mapping[str, str], peer: Peer, policy: Policy) -> Refusal |
     host = headers.get("host", "")
     if not _ours(host, peer, policy):
         return Refusal(
-            403, "foreign_host", "This node is not called by that Host; name it with --host or --allow-host if it should be."
+            403,
+            "foreign_host",
+            "This node is not called by that Host; name it with --host or --allow-host if it should be.",
         )
     origin = headers.get("origin")
     if origin is not None and origin.lower() != f"{'https' if peer.tls else 'http'}://{host.lower()}":
@@ -110,7 +112,7 @@ def _ours(host: str, peer: Peer, policy: Policy) -> bool:
     if not name:
         return False
     names = (*LOOPBACK, DOMAIN, f"{policy.node}.{DOMAIN}", *policy.hosts)
-    return name in names or bool(peer.local) and _same_address(name, peer.local)
+    return name in names or (bool(peer.local) and _same_address(name, peer.local))
 
 
 def _same_address(one: str, other: str) -> bool:
@@ -169,7 +171,9 @@ def _routed(method: str, path: str, headers: Mapping[str, str], peer: Peer, poli
     if asked and "upgrade" not in {one.strip().lower() for one in headers.get("connection", "").split(",")}:
         return Refusal(400, "half_an_upgrade", "Upgrade needs Connection: Upgrade beside it.")
     if (route.node_only or asked) and not (peer.identity and peer.identity.kind in ("node", "client")):
-        return Refusal(403, "certificate_needed", "This is between nodes: it needs a certificate of this cluster (TLS).")
+        return Refusal(
+            403, "certificate_needed", "This is between nodes: it needs a certificate of this cluster (TLS)."
+        )
     if route.node_only and peer.identity and peer.identity.kind != "node":
         return Refusal(403, "node_needed", "This is between nodes, and your certificate is a client's.")
     return bounds(route, headers) or Allowed(found, bool(asked))

@@ -1,8 +1,8 @@
 """The doors of a node: bound sockets, and an accept loop that counts a connection before it costs a TLS handshake.
 
-asyncio's own server has no limit, and would let strangers hold every descriptor of a node. Here a connection is *unproven*
-until a request of it passed the guard, and of these there may be few; each must finish its handshake and each of its heads
-within seconds (slow loris), so who is turned away at a rush gets in a moment later.
+asyncio's own server has no limit, and would let strangers hold every descriptor of a node. Here a connection is
+*unproven* until a request of it passed the guard, and of these there may be few; each must finish its handshake and
+each of its heads within seconds (slow loris), so who is turned away at a rush gets in a moment later.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ class Limits:
     """Bytes of one header."""
     fields: int = 48
     """Headers."""
+
+
+DEFAULT_LIMITS = Limits()
 
 
 @dataclass
@@ -241,7 +244,9 @@ def bind_unix(path: Path) -> socket.socket:
         NodeCannotServe: the directory is not ours alone, a living process listens there, or the path is too long.
     """
     if len(os.fsencode(path)) > UNIX_PATH:
-        raise NodeCannotServe(f"the path of the socket, {path}, is longer than {UNIX_PATH} bytes: use a shorter --data-dir")
+        raise NodeCannotServe(
+            f"the path of the socket, {path}, is longer than {UNIX_PATH} bytes: use a shorter --data-dir"
+        )
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if fault := private(path.parent):
         raise NodeCannotServe(fault)

@@ -53,7 +53,8 @@ def document(version: str, routes: Iterable[Route[Any, Any]] = ROUTES) -> dict[s
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
             "schemas": components,
             "responses": {
-                status: {"description": told, "content": _json(schema_of[Problem])} for status, told in _REFUSALS.items()
+                status: {"description": told, "content": _json(schema_of[Problem])}
+                for status, told in _REFUSALS.items()
             },
         },
     }

@@ -1,4 +1,4 @@
-"""Opening a connection that leaves HTTP after its first exchange: `Upgrade`, by hand, since aiohttp keeps what it opened.
+"""Opening a connection that leaves HTTP after one exchange: `Upgrade`, by hand, since aiohttp keeps what it opened.
 
 Small because we speak to ourselves: one request, one head of bounded size, 101 or a refusal.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from pathlib import Path
+from typing import cast
 
 import msgspec
 
@@ -29,9 +30,8 @@ class Opening(asyncio.Protocol):
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.write(self._request)
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one, but says so nowhere
+        self._transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
         self._data += data

@@ -154,7 +154,9 @@ async def _ask_the_group(address: str) -> None:
         hearing.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         hearing.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # avahi and nodes listen there too
         hearing.bind((GROUP, PORT))
-        hearing.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(GROUP) + socket.inet_aton(address))
+        hearing.setsockopt(
+            socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(GROUP) + socket.inet_aton(address)
+        )
         asking.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(address))
         asking.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
         await loop.sock_sendto(asking, question(number), (GROUP, PORT))

@@ -1,8 +1,8 @@
 """THE table of everything a node answers over HTTP. Server, client, guard, OpenAPI and tests come from it.
 
-A route that is not here does not exist, and one that is here is closed: token, host and origin are checked before the table
-is looked at (guard.py), so a new line here needs no thought of that. GET and HEAD change nothing; the table refuses one that
-says so.
+A route that is not here does not exist, and one that is here is closed: token, host and origin are checked before the
+table is looked at (guard.py), so a new line here needs no thought of that. GET and HEAD change nothing; the table
+refuses one that says so.
 """
 
 from __future__ import annotations
@@ -104,17 +104,36 @@ NOTHING = type(None)
 # ---- this node, and what it knows of the others
 NODE = Route("GET", "/v1/node", "node", NOTHING, wire.NodeInfo, "What this node is, has and runs.")
 DRAIN_NODE = Route(
-    "POST", "/v1/node/drain", "drain_node", wire.Stopping, wire.Done,
-    "Move everything elsewhere and take nothing new.", changes=True,
+    "POST",
+    "/v1/node/drain",
+    "drain_node",
+    wire.Stopping,
+    wire.Done,
+    "Move everything elsewhere and take nothing new.",
+    changes=True,
 )
 MEMBERS = Route("GET", "/v1/members", "members", NOTHING, wire.Members, "The nodes that this node knows.")
 JOIN = Route(
-    "POST", "/v1/members/join", "join", wire.Join, wire.Members, "Take a node into the cluster.",
-    changes=True, node_only=True,
+    "POST",
+    "/v1/members/join",
+    "join",
+    wire.Join,
+    wire.Members,
+    "Take a node into the cluster.",
+    changes=True,
+    node_only=True,
 )
 PING = Route(
-    "POST", "/v1/members/ping", "ping", wire.Gossip, wire.Gossip, "Are you there, and what is new?",
-    changes=True, node_only=True, most=MIB, seconds=2.0,
+    "POST",
+    "/v1/members/ping",
+    "ping",
+    wire.Gossip,
+    wire.Gossip,
+    "Are you there, and what is new?",
+    changes=True,
+    node_only=True,
+    most=MIB,
+    seconds=2.0,
 )
 LEAVE = Route(
     "POST", "/v1/members/leave", "leave", wire.Leave, wire.Done, "A node goes, properly.", changes=True, node_only=True
@@ -123,39 +142,89 @@ LEAVE = Route(
 # ---- pipes
 PIPES = Route("GET", "/v1/pipes", "pipes", NOTHING, wire.Pipes, "The pipes that this node knows.")
 SUBMIT = Route(
-    "POST", "/v1/pipes", "submit", wire.PipeRequest, wire.PipeInfo, "Run a pipe; this node coordinates it.",
-    changes=True, again=False, most=4 * MIB, seconds=60.0, status=201,
+    "POST",
+    "/v1/pipes",
+    "submit",
+    wire.PipeRequest,
+    wire.PipeInfo,
+    "Run a pipe; this node coordinates it.",
+    changes=True,
+    again=False,
+    most=4 * MIB,
+    seconds=60.0,
+    status=201,
 )
 PIPE = Route("GET", "/v1/pipes/{pipe}", "pipe", NOTHING, wire.PipeInfo, "One pipe: state, placement, books.")
 STOP = Route(
     "POST", "/v1/pipes/{pipe}/stop", "stop", wire.Stopping, wire.PipeInfo, "End a pipe now.", changes=True, seconds=60.0
 )
 DRAIN = Route(
-    "POST", "/v1/pipes/{pipe}/drain", "drain", wire.Stopping, wire.PipeInfo,
-    "End a pipe once everything in it is finished.", changes=True, seconds=60.0,
+    "POST",
+    "/v1/pipes/{pipe}/drain",
+    "drain",
+    wire.Stopping,
+    wire.PipeInfo,
+    "End a pipe once everything in it is finished.",
+    changes=True,
+    seconds=60.0,
 )
 RECORD = Route(
-    "PUT", "/v1/pipes/{pipe}/record", "record", wire.Record, wire.Done, "Keep a copy of a pipe's record.",
-    changes=True, node_only=True, most=8 * MIB,
+    "PUT",
+    "/v1/pipes/{pipe}/record",
+    "record",
+    wire.Record,
+    wire.Done,
+    "Keep a copy of a pipe's record.",
+    changes=True,
+    node_only=True,
+    most=8 * MIB,
 )
 COMMAND = Route(
-    "POST", "/v1/pipes/{pipe}/keeper", "command", wire.Command, wire.Outcome, "A command to the pipe's keeper here.",
-    changes=True, again=False, node_only=True, most=8 * MIB, seconds=60.0,
+    "POST",
+    "/v1/pipes/{pipe}/keeper",
+    "command",
+    wire.Command,
+    wire.Outcome,
+    "A command to the pipe's keeper here.",
+    changes=True,
+    again=False,
+    node_only=True,
+    most=8 * MIB,
+    seconds=60.0,
 )
 
 # ---- code and queues
 HAS_CODE = Route("HEAD", "/v1/code/{sha256}", "has_code", NOTHING, Bytes, "Whether this node holds a content.")
 CODE = Route(
-    "GET", "/v1/code/{sha256}", "code", NOTHING, Bytes, "A content.", most_answer=1024 * MIB, seconds=60.0,
+    "GET",
+    "/v1/code/{sha256}",
+    "code",
+    NOTHING,
+    Bytes,
+    "A content.",
+    most_answer=1024 * MIB,
+    seconds=60.0,
     media="application/octet-stream",
 )
 PUT_CODE = Route(
-    "PUT", "/v1/code/{sha256}", "put_code", Bytes, wire.Stored, "Hold a content; refused when its hash is another.",
-    changes=True, most=1024 * MIB, seconds=60.0, status=201,
+    "PUT",
+    "/v1/code/{sha256}",
+    "put_code",
+    Bytes,
+    wire.Stored,
+    "Hold a content; refused when its hash is another.",
+    changes=True,
+    most=1024 * MIB,
+    seconds=60.0,
+    status=201,
 )
 MIRRORS = Route("GET", "/v1/mirrors", "mirrors", NOTHING, wire.Mirrors, "The mirrors that end on this node.")
 MIRROR = Route(
-    "GET", "/v1/mirrors/{mirror}", "mirror", NOTHING, wire.MirrorInfo,
+    "GET",
+    "/v1/mirrors/{mirror}",
+    "mirror",
+    NOTHING,
+    wire.MirrorInfo,
     "Where a mirror stands; with `Upgrade: upipe-mirror/1`, and a node's certificate, the mirror itself.",
     upgrade="upipe-mirror/1",
 )
@@ -163,13 +232,29 @@ MIRROR = Route(
 # ---- jobs
 JOBS = Route("GET", "/v1/jobs", "jobs", NOTHING, wire.Jobs, "The jobs that this node knows.")
 RUN_JOB = Route(
-    "POST", "/v1/jobs", "run_job", wire.JobRequest, wire.JobInfo, "Run a script.",
-    changes=True, again=False, most=MIB, seconds=60.0, status=201,
+    "POST",
+    "/v1/jobs",
+    "run_job",
+    wire.JobRequest,
+    wire.JobInfo,
+    "Run a script.",
+    changes=True,
+    again=False,
+    most=MIB,
+    seconds=60.0,
+    status=201,
 )
 JOB = Route("GET", "/v1/jobs/{job}", "job", NOTHING, wire.JobInfo, "One job.")
 LOGS = Route(
-    "GET", "/v1/jobs/{job}/logs", "logs", NOTHING, Bytes, "What a job printed so far and prints, until it ends.",
-    most_answer=1024 * MIB, seconds=3600.0, media="text/plain; charset=utf-8",
+    "GET",
+    "/v1/jobs/{job}/logs",
+    "logs",
+    NOTHING,
+    Bytes,
+    "What a job printed so far and prints, until it ends.",
+    most_answer=1024 * MIB,
+    seconds=3600.0,
+    media="text/plain; charset=utf-8",
 )
 STOP_JOB = Route(
     "POST", "/v1/jobs/{job}/stop", "stop_job", wire.Stopping, wire.JobInfo, "End a job.", changes=True, seconds=60.0
@@ -177,7 +262,12 @@ STOP_JOB = Route(
 
 # ---- for tools
 METRICS = Route(
-    "GET", "/v1/metrics", "metrics", NOTHING, Bytes, "Counters, as Prometheus reads them.",
+    "GET",
+    "/v1/metrics",
+    "metrics",
+    NOTHING,
+    Bytes,
+    "Counters, as Prometheus reads them.",
     media="text/plain; version=0.0.4; charset=utf-8",
 )
 OPENAPI = Route(

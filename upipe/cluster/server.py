@@ -1,7 +1,8 @@
-"""A node's HTTP server: the guard (guard.py) in front of the route table (routes.py), around handlers that are given by name.
+"""A node's HTTP server: the guard (guard.py) before the route table (routes.py), around handlers given by name.
 
-aiohttp's low-level server parses; its Application, router and middlewares are not used, since they answer before a middleware
-is asked (100-continue, 404, 405) and a route could be added beside the table. So there is one way in, `_answer`.
+aiohttp's low-level server parses; its Application, router and middlewares are not used, since they answer before a
+middleware is asked (100-continue, 404, 405) and a route could be added beside the table. So there is one way in,
+`_answer`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from upipe import __version__
 from upipe.cluster import openapi, tls
 from upipe.cluster.audit import Audit
 from upipe.cluster.guard import Allowed, Peer, Policy, Refusal, decide, may_listen
-from upipe.cluster.listen import Door, Gate, Limits, bind_tcp, bind_unix, uid_of
+from upipe.cluster.listen import DEFAULT_LIMITS, Door, Gate, Limits, bind_tcp, bind_unix, uid_of
 from upipe.cluster.routes import Bytes, Route
 from upipe.cluster.wire import Problem
 from upipe.errors import NodeCannotServe, NodeRefused, UpipeError
@@ -140,7 +141,7 @@ class Server:
     """
 
     def __init__(
-        self, policy: Policy, handlers: Mapping[str, Handler], audit: Audit, limits: Limits = Limits()
+        self, policy: Policy, handlers: Mapping[str, Handler], audit: Audit, limits: Limits = DEFAULT_LIMITS
     ) -> None:
         document = _OUT.encode(openapi.document(__version__, policy.routes))
 

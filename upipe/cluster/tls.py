@@ -1,19 +1,23 @@
-"""Who is who between nodes: the cluster's CA, derived from its secret, and a certificate for each process, made when it starts.
+"""Who is who between nodes: the cluster's CA, derived from its secret, and a certificate that each process makes.
 
-    secret --HKDF--> CA key (P-256, the same on each host, never stored) --signs--> node certificate    7 days, in memory
-                                                                       `-signs--> client certificate  7 days, in memory
+    secret --HKDF--> CA key (P-256, the same on each host, never stored) --signs--> node certificate
+                                                                       `--signs--> client certificate
 
-A node serves and dials with its certificate; a client (a submitting process, `upipe`) only dials with its own. Both are
-checked inside the handshake, TLS 1.3 only, before a byte of HTTP: a client expects the name of the very node
-(`<id>.node.upipe.internal`), or of any node of the cluster when it dials a seed (`node.upipe.internal`), whatever address
-it dialled. So a proven peer holds the secret, or a certificate that a holder made.
+Certificates are made at start, last 7 days, and are in memory only.
 
-A browser or curl has no certificate, and may come without one: it must still bring the bearer token, and routes between
-nodes are closed to it (guard.py). Who has certificates of their own brings CA, certificate and key (`bring`): then
-hostnames are checked as everywhere, and each certificate of that CA counts as a node's, so that CA should sign nothing else.
+A node serves and dials with its certificate; a client (a submitting process, `upipe`) only dials with its own. Both
+are checked inside the handshake, TLS 1.3 only, before a byte of HTTP: a client expects the name of the very node
+(`<id>.node.upipe.internal`), or of any node of the cluster when it dials a seed (`node.upipe.internal`), whatever
+address it dialled. So a proven peer holds the secret, or a certificate that a holder made.
 
-Rejected: Ed25519 (no browser takes it), a CA file to copy beside the token (two secrets instead of one), revocation lists
-(a lost node key is worth at most 7 days, a lost secret needs a new secret), session tickets (they outlive a certificate).
+A browser or curl has no certificate, and may come without one: it must still bring the bearer token, and routes
+between nodes are closed to it (guard.py). Who has certificates of their own brings CA, certificate and key (`bring`):
+then hostnames are checked as everywhere, and each certificate of that CA counts as a node's, so that CA should sign
+nothing else.
+
+Rejected: Ed25519 (no browser takes it), a CA file to copy beside the token (two secrets instead of one), revocation
+lists (a lost node key is worth at most 7 days, a lost secret needs a new secret), session tickets (they outlive a
+certificate).
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import stat
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -92,7 +96,7 @@ class Credentials:
         return self.derived and now >= self.begins + SKEW + RENEW
 
     def expected(self, host: str, node: str = "") -> str:
-        """The name that the peer's certificate must carry, when `host` is dialled and node `node` expected ("": any)."""
+        """Name that a peer's certificate must carry when `host` is dialled and node `node` ("": any) expected."""
         return host if not self.derived else f"{node}.{DOMAIN}" if node else DOMAIN
 
 
@@ -115,7 +119,9 @@ def authority(secret: Secret) -> tuple[ec.EllipticCurvePrivateKey, x509.Certific
     return key, builder.sign(key, SHA256())
 
 
-def issue(secret: Secret, identity: Identity, addresses: Iterable[str] = (), now: datetime | None = None) -> Credentials:
+def issue(
+    secret: Secret, identity: Identity, addresses: Iterable[str] = (), now: datetime | None = None
+) -> Credentials:
     """Make a key and a certificate for this process.
 
     Args:
@@ -124,7 +130,7 @@ def issue(secret: Secret, identity: Identity, addresses: Iterable[str] = (), now
         addresses: names and IP addresses by which browsers reach a node; nodes themselves go by its id.
         now: aware; default the clock.
     """
-    now = now or datetime.now(timezone.utc)
+    now = now or datetime.now(UTC)
     ca_key, ca = authority(secret)
     key = ec.generate_private_key(ec.SECP256R1())
     node = identity.kind == "node"
@@ -185,7 +191,7 @@ def bring(ca: Path, certificate: Path, key: Path, identity: Identity, now: datet
     Raises:
         CertificateError: names the file, what is wrong with it, and what to do.
     """
-    now = now or datetime.now(timezone.utc)
+    now = now or datetime.now(UTC)
     authorities, chain = _certificates(ca), _certificates(certificate)
     pem = _read(key, private=True)
     try:
@@ -309,13 +315,14 @@ def identity_of(certificate: Mapping[str, Any] | None, derived: bool) -> Identit
 _VERIFY = {
     9: "its certificate is not valid yet, as this host's clock goes: the clocks differ by more than 15 minutes; "
     "compare `date -u` on both hosts",
-    10: "its certificate has expired, as this host's clock goes: compare `date -u` on both hosts; a certificate that you "
-    "brought must be renewed, a derived one is new after a restart of that node",
+    10: "its certificate has expired, as this host's clock goes: compare `date -u` on both hosts; a certificate that "
+    "you brought must be renewed, a derived one is new after a restart of that node",
     62: "it is another node than the one expected there, or no node at all: its address has been taken over",
 }
-_OTHER_CA = "its certificate is of another CA: both hosts need the same token file (`upipe token show-fingerprint` on each)"
+_SAME_TOKEN = "both hosts need the same token file (`upipe token show-fingerprint` on each)"
+_OTHER_CA = f"its certificate is of another CA: {_SAME_TOKEN}"
 _ALERTS = {
-    "UNKNOWN_CA": "it does not know our CA: both hosts need the same token file (`upipe token show-fingerprint` on each)",
+    "UNKNOWN_CA": f"it does not know our CA: {_SAME_TOKEN}",
     "CERTIFICATE_EXPIRED": "it finds our certificate not valid by its clock: compare `date -u` on both hosts",
     "BAD_CERTIFICATE": "it finds our certificate not valid, perhaps not yet: compare `date -u` on both hosts",
     "WRONG_VERSION_NUMBER": "it does not speak TLS: another program listens there, or TLS is off",

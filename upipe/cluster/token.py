@@ -2,10 +2,10 @@
 
     upipe-token-1.<32 bytes, base64url>.<checksum>
 
-Whoever holds it can run code on every node. It is looked for in $UPIPE_TOKEN_FILE, then ~/.config/upipe/token: a path may
-stand in an environment or on a command line, the secret never does. It never travels either: from it HKDF-SHA256 derives,
-each under a purpose of its own, the bearer token of HTTP requests, the key of the cluster's CA (tls.py) and the
-fingerprint. Losing one of these tells nothing of the others.
+Whoever holds it can run code on every node. It is looked for in $UPIPE_TOKEN_FILE, then ~/.config/upipe/token: a path
+may stand in an environment or on a command line, the secret never does. It never travels either: from it HKDF-SHA256
+derives, each under a purpose of its own, the bearer token of HTTP requests, the key of the cluster's CA (tls.py) and
+the fingerprint. Losing one of these tells nothing of the others.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def parse(text: str, where: str) -> Secret:
     prefix, _, rest = text.strip().partition(".")
     body, _, checksum = rest.partition(".")
     if not prefix.startswith("upipe-token-"):
-        raise TokenError(f"{where} is no token of uPipe: make one with `upipe token create`, or copy the cluster's file")
+        raise TokenError(
+            f"{where} is no token of uPipe: make one with `upipe token create`, or copy the cluster's file"
+        )
     if prefix != _PREFIX:
         raise TokenError(f"{where} is a token of another format than {_PREFIX}: use one version of uPipe on all hosts")
     try:

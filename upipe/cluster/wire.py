@@ -1,7 +1,7 @@
-"""What travels in the bodies of HTTP requests and answers, as JSON; unknown fields are ignored, so that versions can mix.
+"""What travels in the bodies of HTTP requests and answers, as JSON; unknown fields are ignored: versions can mix.
 
-Each string that names something has a pattern and each list a bound: what does not fit never reaches a handler. Frames do
-not travel here, they go over mirrors.
+Each string that names something has a pattern and each list a bound: what does not fit never reaches a handler.
+Frames do not travel here, they go over mirrors.
 """
 
 from __future__ import annotations
