@@ -89,6 +89,23 @@ async def test_plain_tcp_is_never_dialled_on_loopback_either() -> None:
         Client(Target("127.0.0.1", 7420), SECRET)
 
 
+@pytest.mark.parametrize("host", ["me@evil", "a/b", "a\r\nX: 1", "a?b", "a#b", "a b", "[::1]", "a\\b"])
+def test_what_is_no_host_is_never_dialled(host: str) -> None:
+    with pytest.raises(ValueError, match="no address"):
+        Target(host, 7420)
+    with pytest.raises(ValueError, match="no address"):
+        Target("localhost", 7420, host)
+
+
+async def test_a_client_shows_its_new_certificate(tmp_path: Path) -> None:
+    async with running(tmp_path) as node:
+        old = tls.issue(SECRET, CLIENT, now=NOW - timedelta(days=9))
+        async with Client(Target("127.0.0.1", node.port, NODE), SECRET, old) as client:
+            client.renew(tls.issue(SECRET, CLIENT))
+            node.server.renew(tls.issue(SECRET, PROVEN))
+            assert (await client.call(routes.NODE)).node == NODE
+
+
 async def test_a_socket_in_a_directory_of_others_is_not_asked(tmp_path: Path) -> None:
     os.chmod(tmp_path, 0o777)
     heard = bytearray()

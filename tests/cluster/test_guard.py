@@ -67,6 +67,11 @@ def test_every_route_is_closed_to_who_shows_nothing() -> None:
         assert code(route.method, path, {"host": "localhost"}, SECURE) == "unauthorized"
 
 
+@pytest.mark.parametrize("shown", ["Bearer ", "Bearer", "", None])
+def test_an_empty_token_opens_nothing(shown: str | None) -> None:
+    assert guard.stranger(shown, "") is not None
+
+
 def test_the_token_is_compared_in_constant_time() -> None:
     source = inspect.getsource(guard.stranger)
     assert "compare_digest" in source and "== bearer" not in source

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -27,7 +28,7 @@ from upipe.cluster.listen import private
 from upipe.cluster.opening import open_upgraded
 from upipe.cluster.routes import Bytes, Route
 from upipe.cluster.token import Secret
-from upipe.cluster.wire import Problem
+from upipe.cluster.wire import NODE_ID, Problem
 from upipe.errors import (
     ClusterError,
     NodeAnswerInvalid,
@@ -44,6 +45,9 @@ ATTEMPTS = 3
 """Tries of a request that may be sent again, within its one deadline."""
 BACKOFF = 0.1
 """Seconds before the second try, at most; doubles. The wait is a random share: nodes do not go in step."""
+_NO_HOST = frozenset("@/\\?#[]\r\n\t ")  # addresses come from the network: none may become another URL or header
+KEEPALIVE = 10.0
+"""Seconds that an idle connection is kept: less than the server's head_seconds, so that it is ours to close."""
 CONNECTIONS = 8
 """To one node, of one client, at a time."""
 
@@ -57,6 +61,10 @@ class Target:
     node: str = ""
     """Id that it must prove; "": any node of the cluster (a seed)."""
     unix: Path | None = None
+
+    def __post_init__(self) -> None:
+        if set(self.host) & _NO_HOST or not re.fullmatch(f"({NODE_ID})?", self.node) or not 0 <= self.port < 65536:
+            raise ValueError(f"no address of a node: host {self.host!r}, port {self.port}, node {self.node!r}")
 
     def __str__(self) -> str:
         if self.unix is not None:
@@ -165,6 +173,11 @@ class Client:
             where = self.target.unix or (self.target.host, self.target.port)
             return await open_upgraded(where, self._context, self._name, request, protocol, str(self.target))
 
+    def renew(self, credentials: tls.Credentials) -> None:
+        """Show another certificate from the next connection on."""
+        if self._context is not None:
+            tls.renew(self._context, credentials)
+
     async def close(self) -> None:
         """Close its connections; again does nothing."""
         session, self._session = self._session, None
@@ -221,10 +234,10 @@ class Client:
         if self._session is None:
             connector: aiohttp.BaseConnector
             if self.target.unix is not None:
-                connector = aiohttp.UnixConnector(str(self.target.unix), limit=CONNECTIONS)
+                connector = aiohttp.UnixConnector(str(self.target.unix), limit=CONNECTIONS, keepalive_timeout=KEEPALIVE)
             else:
                 assert self._context is not None
-                connector = aiohttp.TCPConnector(ssl=self._context, limit=CONNECTIONS)
+                connector = aiohttp.TCPConnector(ssl=self._context, limit=CONNECTIONS, keepalive_timeout=KEEPALIVE)
             self._session = aiohttp.ClientSession(
                 connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trust_env=False,
                 timeout=aiohttp.ClientTimeout(), skip_auto_headers=("User-Agent",),

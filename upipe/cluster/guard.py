@@ -147,8 +147,8 @@ def stranger(authorization: str | None, bearer: str) -> Refusal | None:
     """Whether the token is missing or wrong. One answer for all, in a time that tells nothing of the token."""
     scheme, _, shown = (authorization or "").partition(" ")
     same = hmac.compare_digest(shown.encode("utf-8", "surrogateescape"), bearer.encode())
-    if same and scheme.lower() == "bearer":
-        return None
+    if same and bearer and scheme.lower() == "bearer":
+        return None  # an empty token is never one, whoever forgot to set it
     return Refusal(
         401, "unauthorized", "This needs the cluster's token: use `upipe` with the cluster's token file.",
         (("WWW-Authenticate", 'Bearer realm="upipe"'),),

@@ -120,9 +120,8 @@ class Door:
             try:
                 connection, address = await loop.sock_accept(self.listener)
             except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    continue  # it was gone before we took it
-                await asyncio.sleep(0.1)  # out of descriptors: the kernel cannot tell when there are some again
+                if error.errno != errno.ECONNABORTED:  # it was gone before we took it
+                    await asyncio.sleep(0.1)  # out of descriptors: the kernel does not tell when there are some again
                 continue
             peer = _peer(connection, address)
             if self.listener.family == socket.AF_UNIX and uid_of(connection) not in (os.geteuid(), 0):
