@@ -38,6 +38,11 @@ def test_every_route_is_in_the_document_and_nothing_else() -> None:
     assert DOCUMENT["security"] == [{"token": []}]
 
 
+def test_the_table_in_the_architecture_is_the_one_of_the_code() -> None:
+    text = (Path(__file__).parents[2] / "ARCHITECTURE.md").read_text()
+    assert f"<!-- routes -->\n{openapi.markdown()}\n<!-- end -->" in text
+
+
 def test_every_reference_leads_somewhere_and_every_schema_is_used() -> None:
     text = json.dumps(DOCUMENT)
     for kind in ("schemas", "responses"):

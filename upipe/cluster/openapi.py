@@ -60,6 +60,16 @@ def document(version: str, routes: Iterable[Route[Any, Any]] = ROUTES) -> dict[s
     }
 
 
+def markdown(routes: Iterable[Route[Any, Any]] = ROUTES) -> str:
+    """The table for people."""
+    rows = ["| method | path | what | open to | bytes |", "| --- | --- | --- | --- | --- |"]
+    for one in routes:
+        who = "nodes" if one.node_only else "the token, and to upgrade a certificate" if one.upgrade else "the token"
+        most = "" if one.request is type(None) else f"{one.most:,}"
+        rows.append(f"| {one.method} | {one.path} | {one.doc} | {who} | {most} |")
+    return "\n".join(rows)
+
+
 def _is_struct(one: object) -> bool:
     return isinstance(one, type) and issubclass(one, msgspec.Struct)
 
