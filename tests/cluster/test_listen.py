@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -26,11 +27,50 @@ from upipe.errors import NodeCannotServe
 @settings(max_examples=200, deadline=None)
 def test_the_gate_never_holds_more_than_its_limits(steps: list[tuple[str, int]]) -> None:
     gate = Gate(Limits(connections=3, unproven=2))
-    for step, key in steps:
-        if step == "admit" and key in gate.inside:
-            continue
-        getattr(gate, step)(key)
-        assert len(gate.inside) <= 3 and len(gate.unproven) <= 2 and gate.unproven <= gate.inside
+    keys: Any = [object() for _ in range(6)]
+    for step, number in steps:
+        if step != "admit" or keys[number] not in gate.inside:
+            getattr(gate, step)(keys[number])
+        assert len(gate.inside) <= 3 and len(gate.unproven) <= 2 and gate.unproven.keys() <= gate.inside
+
+
+def test_the_gate_turns_away_the_oldest_stranger_and_nobody_who_is_proven() -> None:
+    gate = Gate(Limits(connections=3, unproven=2))
+    a, b, c, d, e = keys = [socket.socket() for _ in range(5)]
+    assert [gate.admit(a), gate.admit(b), gate.admit(c)] == [None, None, a]
+    gate.prove(b)
+    assert [gate.admit(d), gate.admit(e)] == [None, e]  # full: the newcomer goes
+    gate.prove(a)  # it went already
+    assert gate.inside == {b, c, d} and set(gate.unproven) == {c, d}
+    for key in keys:
+        key.close()
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "TLS"])
+async def test_idle_strangers_lock_nobody_out(tmp_path: Path, plain: bool) -> None:
+    async with running(tmp_path, Limits(unproven=3), plain=plain) as node:
+        strangers = [await node.open() for _ in range(5)]
+        for reader, _ in strangers[:2]:
+            assert await reader.read() == b""  # the oldest had to go
+        if plain:
+            assert status_of(await node.raw(request("GET", "/v1/node", "Connection: close"))) == 200
+        else:
+            async with node.client() as client:
+                assert (await client.call(routes.NODE)).node == NODE
+        for _, writer in strangers:
+            await closed(writer)
+        assert "turned_away" in {one["event"] for one in node.audit()}
+
+
+async def test_a_full_house_takes_nobody_and_keeps_who_is_in(tmp_path: Path) -> None:
+    async with running(tmp_path, Limits(connections=1), plain=True) as node:
+        reader, writer = await node.open()
+        writer.write(request("GET", "/v1/node"))
+        assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
+        assert await node.raw(b"") == b""
+        writer.write(request("GET", "/v1/node", "Connection: close"))
+        assert (await reader.read()).count(b"HTTP/1.1 200") == 1  # the first one's head was read above
+        await closed(writer)
 
 
 async def test_the_socket_is_ours_alone_and_asks_for_the_token_too(tmp_path: Path) -> None:

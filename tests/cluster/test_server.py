@@ -18,7 +18,6 @@ from tests.cluster.secure_support import (
     PARAMETERS,
     SECRET,
     Echo,
-    closed,
     handlers,
     problem_of,
     request,
@@ -250,20 +249,6 @@ async def test_a_slow_body_is_told_so(tmp_path: Path, monkeypatch: pytest.Monkey
     async with running(tmp_path, plain=True) as node:
         answer = await node.raw(request("POST", "/v1/pipes/p/stop", JSON, "Content-Length: 2", body=b"{"))
         assert (status_of(answer), problem_of(answer).code) == (408, "too_slow")
-
-
-async def test_strangers_hold_few_connections_and_those_who_proved_themselves_keep_theirs(tmp_path: Path) -> None:
-    async with running(tmp_path, Limits(unproven=3), plain=True) as node:
-        reader, writer = await node.open()
-        writer.write(request("GET", "/v1/node"))
-        assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
-        strangers = [await node.open() for _ in range(3)]
-        assert await node.raw(b"") == b""  # turned away
-        assert node.server.gate.turned_away["unproven"] == 1
-        writer.write(request("GET", "/v1/node", "Connection: close"))
-        assert (await reader.read()).count(b"HTTP/1.1 200") == 1  # the first one's own head was read above
-        for one in (writer, *(stranger for _, stranger in strangers)):
-            await closed(one)
 
 
 # ------------------------------------------------------------------------------------------------- handlers

@@ -1,8 +1,8 @@
 """The doors of a node: bound sockets, and an accept loop that counts a connection before it costs a TLS handshake.
 
 asyncio's own server has no limit, and would let strangers hold every descriptor of a node. Here a connection is
-*unproven* until a request of it passed the guard, and of these there may be few; each must finish its handshake and
-each of its heads within seconds (slow loris), so who is turned away at a rush gets in a moment later.
+*unproven* until a request of it passed the guard, and of these there may be few: each must finish its handshake and
+each of its heads within seconds (slow loris), and the oldest goes when there are too many.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import socket
 import ssl
 import stat
 import struct
-from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,33 +58,36 @@ DEFAULT_LIMITS = Limits()
 class Gate:
     """Counts connections; pure.
 
-    Invariant: the unproven are a subset of those inside.
+    Invariant: the unproven are a subset of those inside, in the order in which they came.
     """
 
     limits: Limits
-    inside: set[object] = field(default_factory=set)
-    unproven: set[object] = field(default_factory=set)
-    turned_away: Counter[str] = field(default_factory=Counter)
+    inside: set[socket.socket] = field(default_factory=set)
+    unproven: dict[socket.socket, None] = field(default_factory=dict)
 
-    def admit(self, key: object) -> bool:
-        """Count one in, or turn it away."""
-        why = "connections" if len(self.inside) >= self.limits.connections else ""
-        why = why or ("unproven" if len(self.unproven) >= self.limits.unproven else "")
-        if why:
-            self.turned_away[why] += 1
-            return False
+    def admit(self, key: socket.socket) -> socket.socket | None:
+        """Count one in; who has to go for it: nobody, the oldest of too many unproven ones, or itself.
+
+        The oldest, not the newest: who means well is unproven for milliseconds, so that sixty-four idle strangers would
+        lock everyone out, while it takes thousands of connections a second to be in the way of the newest.
+        """
+        if len(self.inside) >= self.limits.connections:
+            return key
+        oldest = next(iter(self.unproven)) if len(self.unproven) >= self.limits.unproven else None
+        if oldest is not None:
+            self.leave(oldest)
         self.inside.add(key)
-        self.unproven.add(key)
-        return True
+        self.unproven[key] = None
+        return oldest
 
-    def prove(self, key: object) -> None:
+    def prove(self, key: socket.socket) -> None:
         """A request of it passed the guard."""
-        self.unproven.discard(key)
+        self.unproven.pop(key, None)
 
-    def leave(self, key: object) -> None:
+    def leave(self, key: socket.socket) -> None:
         """It is closed; again does nothing."""
         self.inside.discard(key)
-        self.unproven.discard(key)
+        self.unproven.pop(key, None)
 
 
 class Door:
@@ -127,13 +130,18 @@ class Door:
             if self.listener.family == socket.AF_UNIX and uid_of(connection) not in (os.geteuid(), 0):
                 self._told("refused", peer=peer, code="other_user")
                 connection.close()
-            elif self._gate.admit(connection):
-                task = loop.create_task(self._open(connection, peer))
-                self._shaking.add(task)
-                task.add_done_callback(self._shaking.discard)
-            else:
-                self._told("turned_away", peer=peer)
+                continue
+            turned_away = self._gate.admit(connection)
+            if turned_away is not None:
+                self._told("turned_away", peer=_peer_of(turned_away))
+                with suppress(OSError):  # it is closed already
+                    turned_away.shutdown(socket.SHUT_RDWR)  # not close: its transport does that when it sees the end
+            if turned_away is connection:
                 connection.close()
+                continue
+            task = loop.create_task(self._open(connection, peer))
+            self._shaking.add(task)
+            task.add_done_callback(self._shaking.discard)
 
     async def _open(self, connection: socket.socket, peer: str) -> None:
         loop = asyncio.get_running_loop()
@@ -165,6 +173,13 @@ def _peer(connection: socket.socket, address: object) -> str:
     if connection.family == socket.AF_UNIX:
         return f"unix:{uid_of(connection)}"
     return str(address[0]) if isinstance(address, tuple) else ""
+
+
+def _peer_of(connection: socket.socket) -> str:
+    try:
+        return _peer(connection, connection.getpeername())
+    except OSError:
+        return "gone"
 
 
 def uid_of(connection: socket.socket) -> int:

@@ -102,11 +102,14 @@ class Call:
 class _Connection(web.RequestHandler):
     """aiohttp's protocol of one connection, which tells the gate of its end and words errors as we do."""
 
-    __slots__ = ("_gate", "key")
+    __slots__ = ("_gate", "_told", "key")
 
-    def __init__(self, gate: Gate, key: socket.socket, manager: web.Server, **limits: Any) -> None:
+    def __init__(
+        self, gate: Gate, key: socket.socket, told: Callable[..., None], manager: web.Server, **limits: Any
+    ) -> None:
         super().__init__(manager, loop=asyncio.get_running_loop(), **limits)
         self._gate = gate
+        self._told = told
         self.key = key
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -124,6 +127,7 @@ class _Connection(web.RequestHandler):
         if status >= 500:
             log.error("a request failed", exc_info=exc)
             return _problem(Refusal(500, "internal", "This node failed; its log says why."))
+        self._told("refused", peer=str((self.peername or ("unix",))[0]), status=400, code="malformed")
         return _problem(Refusal(400, "malformed", "That is no HTTP request, or its head is too large."))
 
 
@@ -216,8 +220,8 @@ class Server:
     def _connection(self, key: socket.socket) -> _Connection:
         limits = self.gate.limits
         return _Connection(
-            self.gate, key, self._web, access_log=None, auto_decompress=False, max_line_size=limits.line,
-            max_field_size=limits.field, max_headers=limits.fields, keepalive_timeout=limits.head_seconds,
+            self.gate, key, self._audit.write, self._web, access_log=None, auto_decompress=False,
+            max_line_size=limits.line, max_field_size=limits.field, max_headers=limits.fields, keepalive_timeout=limits.head_seconds,
             lingering_time=limits.linger_seconds,
         )  # fmt: skip
 
