@@ -18,11 +18,12 @@ from upipe.cluster import routes, tls, wire
 from upipe.cluster.audit import Audit
 from upipe.cluster.client import Client, Target
 from upipe.cluster.guard import Policy
-from upipe.cluster.listen import DEFAULT_LIMITS, Limits
+from upipe.cluster.listen import Limits
 from upipe.cluster.routes import Bytes, Route
 from upipe.cluster.server import Call, Handler, Server, refuse
 from upipe.cluster.token import Secret
 
+QUICK = Limits(linger_seconds=0.02)
 SECRET = Secret(bytes(range(32)))
 OTHER = Secret(bytes(range(1, 33)))
 NODE = "00000000000000aa"
@@ -128,7 +129,7 @@ class Running:
 
 @asynccontextmanager
 async def running(
-    folder: Path, limits: Limits = DEFAULT_LIMITS, plain: bool = False, credentials: tls.Credentials | None = None,
+    folder: Path, limits: Limits = QUICK, plain: bool = False, credentials: tls.Credentials | None = None,
     **other: Handler,
 ) -> AsyncIterator[Running]:  # fmt: skip
     """Serve on loopback and on a Unix socket; `plain` without TLS, for requests written by hand."""

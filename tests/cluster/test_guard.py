@@ -84,6 +84,7 @@ def test_no_other_authorization_is_let_in(shown: str) -> None:
         assert guard.stranger(shown, TOKEN) is not None
 
 
+@pytest.mark.slow
 @given(st.text(max_size=60), st.text(max_size=20), st.dictionaries(st.sampled_from(
     ["content-length", "transfer-encoding", "content-type", "content-encoding", "expect", "upgrade", "connection",
      "origin", "sec-fetch-site"]), st.text(max_size=30)))  # fmt: skip

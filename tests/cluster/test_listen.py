@@ -23,6 +23,7 @@ from upipe.cluster.server import Server
 from upipe.errors import NodeCannotServe
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.sampled_from(["admit", "prove", "leave"]), st.integers(0, 5))))
 @settings(max_examples=200, deadline=None)
 def test_the_gate_never_holds_more_than_its_limits(steps: list[tuple[str, int]]) -> None:

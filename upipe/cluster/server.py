@@ -221,8 +221,8 @@ class Server:
         limits = self.gate.limits
         return _Connection(
             self.gate, key, self._audit.write, self._web, access_log=None, auto_decompress=False,
-            max_line_size=limits.line, max_field_size=limits.field, max_headers=limits.fields, keepalive_timeout=limits.head_seconds,
-            lingering_time=limits.linger_seconds,
+            max_line_size=limits.line, max_field_size=limits.field, max_headers=limits.fields,
+            keepalive_timeout=limits.head_seconds, lingering_time=limits.linger_seconds,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------- the one way in
