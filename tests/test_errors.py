@@ -407,6 +407,7 @@ def test_every_error_is_in_the_picture_at_the_top_of_its_file_and_pickles() -> N
     made = [
         errors.DeclarationError(["one", "two"], "pipe 'p'"), errors.IllegalTransition("no", (("a", "b"),)),
         errors.ProcessorError("p", "p#0", "ValueError", "x", "trace"), errors.PipeFailed("p", ("r",)),
+        errors.NodeRefused("node", 409, "stale_epoch", "A sentence."),
     ]
     for error in made:
         again = pickle.loads(pickle.dumps(error))

@@ -17,12 +17,21 @@
     |   |-- OutOfSharedMemory (OSError)       /dev/shm cannot hold the queue; nothing was created
     |   |-- TooManyParticipants               all participant slots of the queue are in use
     |   `-- QueueStuck      (TimeoutError)    another process holds a lock of the queue past the deadline
-    `-- PipeError                             about a running pipe
-        |-- NotInWorker                       Processor.connect() outside a worker
-        |-- IllegalTransition                 the call does not fit the state of the pipe; carries its history
-        |-- ProcessorError                    your code raised in a worker; carries the remote traceback
-        |-- PipeFailed                        the pipe gave up; carries the reasons
-        `-- CallTimeout     (TimeoutError)    no result for a call before its deadline
+    |-- PipeError                             about a running pipe
+    |   |-- NotInWorker                       Processor.connect() outside a worker
+    |   |-- IllegalTransition                 the call does not fit the state of the pipe; carries its history
+    |   |-- ProcessorError                    your code raised in a worker; carries the remote traceback
+    |   |-- PipeFailed                        the pipe gave up; carries the reasons
+    |   `-- CallTimeout     (TimeoutError)    no result for a call before its deadline
+    `-- ClusterError                          about a node, or between nodes
+        |-- TokenError                        the file of the cluster's secret is missing, damaged or open to others
+        |-- CertificateError                  your own certificate, key or CA cannot be used
+        |-- NodeCannotServe                   this node must not, or cannot, listen where you asked
+        |-- NodeUnreachable (ConnectionError) nobody answers there
+        |-- NodeUnproven    (ConnectionError) who answers there is not proven to be of this cluster; no token was sent
+        |-- NodeTimeout     (TimeoutError)    no answer before the deadline; a change may or may not have been made
+        |-- NodeAnswerInvalid                 the answer is not what this version understands
+        `-- NodeRefused                       the node said no; carries status, code and sentence
 
 A full or empty queue is no error of ours: MemQ raises queue.Full and queue.Empty, processors raise TimeoutError.
 """
@@ -178,3 +187,56 @@ class PipeFailed(PipeError):
 
 class CallTimeout(PipeError, TimeoutError):
     """No result came back for a call before its deadline; the frame itself goes on."""
+
+
+class ClusterError(UpipeError):
+    """Something about a node, or between nodes."""
+
+
+class TokenError(ClusterError):
+    """The file of the cluster's secret is missing, damaged, not yours, or open to others; it was not used."""
+
+
+class CertificateError(ClusterError):
+    """A certificate, key or CA that was brought along cannot be used."""
+
+
+class NodeCannotServe(ClusterError):
+    """This node must not (open to others without token and TLS) or cannot (port in use) listen there."""
+
+
+class NodeUnreachable(ClusterError, ConnectionError):
+    """Nobody answers at that address."""
+
+
+class NodeUnproven(ClusterError, ConnectionError):
+    """Who answers at that address did not prove to be that node of this cluster. Nothing secret was sent to it."""
+
+
+class NodeTimeout(ClusterError, TimeoutError):
+    """No answer before the deadline. A change that was asked for may or may not have been made."""
+
+
+class NodeAnswerInvalid(ClusterError):
+    """An answer of a proven node that this version does not understand, or that is larger than allowed."""
+
+
+class NodeRefused(ClusterError):
+    """A node said no.
+
+    Attributes:
+        where: the node, as it was dialled.
+        status: HTTP status.
+        code: a word for programs, as "unauthorized" or "stale_epoch".
+        sentence: for people: what, where, what to do.
+    """
+
+    def __init__(self, where: str, status: int, code: str, sentence: str) -> None:
+        self.where = where
+        self.status = status
+        self.code = code
+        self.sentence = sentence
+        super().__init__(f"{where} refused ({status} {code}): {sentence}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, int, str, str]]:
+        return (type(self), (self.where, self.status, self.code, self.sentence))

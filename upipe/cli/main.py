@@ -1,4 +1,7 @@
-"""The command `upipe`: look at the queues of this user from outside, and clear away what dead processes left."""
+"""The command `upipe`: look at the queues of this user from outside, and clear away what dead processes left.
+
+What a cluster needs stands beside it: token.py, doctor.py.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ import click
 
 from upipe import __version__
 from upipe.cli import render
+from upipe.cli.doctor import doctor
+from upipe.cli.token import token
 from upipe.errors import UpipeError
 from upipe.memq import segment
 from upipe.memq.layout import LAYOUT_VERSION
@@ -149,3 +154,7 @@ def _weigh(session: Path) -> tuple[int, int]:
 def version() -> None:
     """Print the versions of uPipe, of its shared-memory layout and of Python."""
     click.echo(f"uPipe {__version__} (layout {LAYOUT_VERSION}), Python {platform.python_version()}")
+
+
+main.add_command(token)
+main.add_command(doctor)

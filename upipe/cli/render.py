@@ -201,6 +201,31 @@ def redraw(pictures: Iterable[Picture]) -> None:
             live.update(picture, refresh=True)
 
 
+# ---------------------------------------------------------------------------------------------------- doctor
+
+_LEVELS = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+
+
+def findings(found: Iterable[tuple[str, str, str, str, str]]) -> Group:
+    """Check, level, where, what and what to do: a table, and how it looks in all."""
+    made = Table(
+        expand=True, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", show_edge=False
+    )
+    for name in ("check", "", "found"):
+        made.add_column(name, no_wrap=name != "found", overflow="fold", ratio=1 if name == "found" else None)
+    levels = []
+    for check, level, where, what, todo in found:
+        levels.append(level)
+        text = Text(f"{where}: {what}")
+        if todo:
+            text.append(f"\n→ {todo}", style=_LEVELS[level])
+        made.add_row(check, Text(level, style=_LEVELS[level]), text)
+    counts = [(levels.count(name), name) for name in ("problem", "warning")]
+    told = ", ".join(f"{number} {name}{'s' if number != 1 else ''}" for number, name in counts if number)
+    worst = "problem" if "problem" in levels else "warning" if "warning" in levels else "ok"
+    return Group(made, "", Text(told or "everything is well", style=_LEVELS[worst]))
+
+
 # ---------------------------------------------------------------------------------------------------- progress
 
 
