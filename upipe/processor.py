@@ -51,7 +51,7 @@ class Processor:
         allow_pickle: False refuses pickled frames on all its edges; default from the settings.
         frame_timeout: seconds a frame may take, its waits for room downstream not counted. A worker that takes longer
             is killed by the kernel (SIGALRM: the code must leave that signal alone), and the frame is given to another.
-        resources: what each worker takes of its node: "cpu" (cores, default 0.1), "memory" (bytes), "gpu", or a name that
+        resources: what each worker takes of its node: "cpu" (cores, default 0.1), "memory" (bytes), "gpu", or what
             nodes were started with (`upipe-node --resources fpga=2`). Counted when a cluster places it, never enforced.
         place: which nodes of a cluster it may run on; see Place. On one host both are only checked.
     """

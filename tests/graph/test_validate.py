@@ -149,7 +149,7 @@ GOOD_PIPES: dict[str, PipeSpec] = {
     "autoscale": pair(EdgeSpec("a", "b", policy="latest", size=MOST_EDGE_BYTES), workers=2, autoscale=2),
     "timeout": pipe(but(frame_timeout=0.5)),
     "place": pipe(
-        but(resources=(("cpu", 0), ("fpga", 2.5)), place=Place(("zone=a", "zone=a", "ssd"), ("n1", "n2"), how="spread")),
+        but(resources=(("cpu", 0), ("fpga", 2.5)), place=Place(("z=a", "z=a", "ssd"), ("n1", "n2"), how="spread")),
         but(name="b", place=Place(near=("a",), apart=("b",))),
     ),
     "two roots, two ends": pipe(

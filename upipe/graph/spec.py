@@ -65,7 +65,7 @@ class ProcessorSpec(msgspec.Struct, frozen=True):
     takes_config: bool = False
     """The code is called with the keyword ``config``."""
     resources: tuple[tuple[str, float], ...] = ()
-    """What one worker takes of its node, by name: cpu (cores), memory (bytes), gpu, or what nodes offer by other names."""
+    """What one worker takes of its node: cpu (cores), memory (bytes), gpu, or what nodes offer by other names."""
     place: Place = Place()
     """Which nodes of a cluster it may run on."""
 
