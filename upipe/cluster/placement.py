@@ -168,18 +168,18 @@ class _Attempt:
 
     def _keep(self, one: ProcessorSpec) -> None:
         share, extra = self._fair_share(one)
-        for index, id in enumerate(self.current.seats.get(one.name, ())[: one.most_workers]):
-            node, here = self.room.nodes.get(id), self.room.seats[one.name].get(id, 0)
+        for index, there in enumerate(self.current.seats.get(one.name, ())[: one.most_workers]):
+            node, here = self.room.nodes.get(there), self.room.seats[one.name].get(there, 0)
             if node is None or self.seats[one.name][index] or here > share or (here == share and not extra):
                 continue
             if not self.room.refuses(one, node):
                 extra -= here == share
-                self.room.sit(one, id)
-                self.seats[one.name][index] = id
+                self.room.sit(one, there)
+                self.seats[one.name][index] = there
 
     def _fair_share(self, one: ProcessorSpec) -> tuple[int, int]:
-        """Workers on a node when they are spread evenly, and how many nodes have one more. What is above is placed anew:
-        so a node that came gets its share."""
+        """Workers on a node when they are spread evenly, and how many nodes have one more. What is above that is placed
+        anew: so a node that came gets its share."""
         if not self._spreads(one):
             return one.most_workers, 0
         fits = sum(not self.room.never(one, node) for node in self.room.nodes.values())
@@ -204,15 +204,15 @@ class _Attempt:
 
     def _choose(self, one: ProcessorSpec, count: int) -> list[str]:
         """The best node, `count` times over; shorter when the room ends."""
-        heap = [(self._rank(one, id), id) for id in self.room.nodes]
+        heap = [(self._rank(one, there), there) for there in self.room.nodes]
         heapq.heapify(heap)
         chosen: list[str] = []
         while heap and len(chosen) < count:
-            _, id = heapq.heappop(heap)
-            if not self.room.refuses(one, self.room.nodes[id]):
-                self.room.sit(one, id)
-                chosen.append(id)
-                heapq.heappush(heap, (self._rank(one, id), id))
+            _, there = heapq.heappop(heap)
+            if not self.room.refuses(one, self.room.nodes[there]):
+                self.room.sit(one, there)
+                chosen.append(there)
+                heapq.heappush(heap, (self._rank(one, there), there))
         return chosen
 
     def _hand_out(self, one: ProcessorSpec, wanted: list[int], chosen: list[str]) -> None:
@@ -223,15 +223,15 @@ class _Attempt:
             if index < len(before) and before[index] in left:
                 row[index] = before[index]
                 left.remove(before[index])
-        for index, id in zip([index for index in wanted if not row[index]], left, strict=False):
-            row[index] = id
+        for index, there in zip([index for index in wanted if not row[index]], left, strict=False):
+            row[index] = there
 
-    def _rank(self, one: ProcessorSpec, id: str) -> tuple[float, ...]:
+    def _rank(self, one: ProcessorSpec, there: str) -> tuple[float, ...]:
         """The smaller the better; of equals the one with the lower id."""
         room = self.room
-        fails = sum(1 for other in room.followers[one.name] if room.never(other, room.nodes[id]))
-        chat, waste, load = -room.chat(one.name, id), room.waste(one, id), room.load(id)
+        fails = sum(1 for other in room.followers[one.name] if room.never(other, room.nodes[there]))
+        chat, waste, load = -room.chat(one.name, there), room.waste(one, there), room.load(there)
         if self._spreads(one):
-            return (room.seats[one.name].get(id, 0), fails, chat, waste, load)
-        used = room.tenants[id] > 0
+            return (room.seats[one.name].get(there, 0), fails, chat, waste, load)
+        used = room.tenants[there] > 0
         return (fails, chat, waste, not used, -load if used else load)

@@ -51,9 +51,9 @@ class Room:
         self.specs = {one.name: one for one in spec.processors}
         self.seats: dict[str, dict[str, int]] = {name: {} for name in self.specs}
         """Workers by processor and node."""
-        self.free = {id: self._free(node) for id, node in self.nodes.items()}
+        self.free = {there: self._free(node) for there, node in self.nodes.items()}
         """What is left of each node's resources. Never below 0 (but for rounding)."""
-        self.shm = {id: node.shm for id, node in self.nodes.items()}
+        self.shm = {there: node.shm for there, node in self.nodes.items()}
         """Bytes left for queues. Never below 0."""
         self.tenants: dict[str, int] = defaultdict(int)
         """Workers by node."""
@@ -116,38 +116,38 @@ class Room:
         return self._short_of_memory(one, node)
 
     def _short_of_memory(self, one: ProcessorSpec, node: Node) -> str:
-        for id, more in self.sizes.added(one.name, node.id, self.seats, self.tenants).items():
-            if more > self.shm[id]:
-                where = "has" if id == node.id else f"is joined to {self.nodes[id].named}, which has"
-                return f"{where} {self.shm[id]:,} bytes of shared memory left for queues, {more:,} are needed"
+        for there, more in self.sizes.added(one.name, node.id, self.seats, self.tenants).items():
+            if more > self.shm[there]:
+                where = "has" if there == node.id else f"is joined to {self.nodes[there].named}, which has"
+                return f"{where} {self.shm[there]:,} bytes of shared memory left for queues, {more:,} are needed"
         return ""
 
     # ------------------------------------------------------------------ filling
 
-    def sit(self, one: ProcessorSpec, id: str) -> None:
+    def sit(self, one: ProcessorSpec, there: str) -> None:
         """Take the room of one worker; refuses() said "" before."""
-        for other, more in self.sizes.added(one.name, id, self.seats, self.tenants).items():
+        for other, more in self.sizes.added(one.name, there, self.seats, self.tenants).items():
             self.shm[other] -= more
-        self.seats[one.name][id] = self.seats[one.name].get(id, 0) + 1
-        self.tenants[id] += 1
+        self.seats[one.name][there] = self.seats[one.name].get(there, 0) + 1
+        self.tenants[there] += 1
         for name, amount in one.needs.items():
-            self.free[id][name] = self.free[id].get(name, 0.0) - amount
+            self.free[there][name] = self.free[there].get(name, 0.0) - amount
 
     # ------------------------------------------------------------------ weighing
 
-    def chat(self, name: str, id: str) -> int:
+    def chat(self, name: str, there: str) -> int:
         """Edges of processor `name` whose other end has a worker on the node."""
         ends = [edge.source for edge in self.sizes.incoming[name]] + [edge.target for edge in self.sizes.outgoing[name]]
-        return sum(1 for end in ends if id in self.seats[end])
+        return sum(1 for end in ends if there in self.seats[end])
 
-    def waste(self, one: ProcessorSpec, id: str) -> int:
+    def waste(self, one: ProcessorSpec, there: str) -> int:
         """Kinds of scarce things on the node that the processor has no use for."""
-        return sum(1 for name in self.nodes[id].resources if name not in ("cpu", "memory") and name not in one.needs)
+        return sum(1 for name in self.nodes[there].resources if name not in ("cpu", "memory") and name not in one.needs)
 
-    def load(self, id: str) -> float:
+    def load(self, there: str) -> float:
         """Share of the node's processor time that is taken, 0 to 1."""
-        has = self.nodes[id].resources.get("cpu", 0.0)
-        return 1.0 - self.free[id].get("cpu", 0.0) / has if has else 1.0
+        has = self.nodes[there].resources.get("cpu", 0.0)
+        return 1.0 - self.free[there].get("cpu", 0.0) / has if has else 1.0
 
 
 def _show(name: str, amount: float) -> str:
