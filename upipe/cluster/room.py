@@ -12,8 +12,11 @@ from functools import cached_property
 import msgspec
 
 from upipe.cluster.sizes import Sizes
+from upipe.graph.plan import SLOTS
 from upipe.graph.spec import PipeSpec, ProcessorSpec
 
+MOST_ON_NODE = SLOTS - 32
+"""Workers of a pipe on one node: all hold the queue of replies, and mirrors, tools and the keeper need slots too."""
 _SLACK = 1e-9
 """Sums of fractions of cores may be so far off."""
 
@@ -108,6 +111,8 @@ class Room:
         for name in sorted(self.apart[one.name]):
             if node.id in self.seats[name]:
                 return f"has a worker of {name!r}, which it must be apart from"
+        if self.tenants[node.id] >= MOST_ON_NODE:
+            return f"has {self.tenants[node.id]} workers of this pipe, and one node runs {MOST_ON_NODE}"
         free = self.free[node.id]
         for name, amount in one.needs.items():
             if amount > free.get(name, 0.0) + _SLACK:
