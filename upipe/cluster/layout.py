@@ -64,6 +64,8 @@ class NodePlan(msgspec.Struct, frozen=True):
     mirrors: tuple[MirrorPlan, ...]
     leaving: tuple[str, ...] = ()
     """Workers (processor#index) that shall finish what they hold and end, to go on elsewhere."""
+    draining: bool = False
+    """The pipe takes no more in: what drives itself ends, the client closes its input."""
 
     @property
     def fence(self) -> tuple[int, int]:
@@ -97,6 +99,7 @@ def node_plan(
     leaving: tuple[str, ...] = (),
     ends: frozenset[str] = frozenset(),
     discards: frozenset[str] = frozenset(),
+    draining: bool = False,
 ) -> NodePlan:
     """What `node` does.
 
@@ -105,6 +108,7 @@ def node_plan(
         leaving: workers (on any node) that shall move.
         ends: names of streams whose holds are closed.
         discards: processors that have ended, and read no more.
+        draining: see NodePlan.
 
     Raises:
         DeclarationError: see cluster_problems.
@@ -132,7 +136,7 @@ def node_plan(
     )
     names = {f"{one.processor}#{one.index}" for one in workers}
     going = tuple(one for one in leaving if one in names)
-    return NodePlan(spec.name, node, *fence, topological_order(spec), queues, workers, mirrors, going)
+    return NodePlan(spec.name, node, *fence, topological_order(spec), queues, workers, mirrors, going, draining)
 
 
 def _mirror(route: Route, client: str) -> MirrorPlan:

@@ -25,6 +25,8 @@ from upipe.graph.spec import PipeSpec, ProcessorSpec
 
 TRIES = 12
 """Orders of processors that are tried. More finds room in fuller clusters, and takes longer to say no."""
+Seat = tuple[str, int]
+"""Processor and worker index."""
 Seats = dict[str, list[str]]
 """Node id per worker index, by processor; "" is nowhere."""
 
@@ -50,15 +52,16 @@ class Placement(msgspec.Struct, frozen=True):
         lost = set(gone)
         return Placement({name: tuple("" if one in lost else one for one in row) for name, row in self.seats.items()})
 
-    def moved(self, other: Placement) -> list[tuple[str, int]]:
+    def moved(self, other: Placement) -> list[Seat]:
         """(processor, index) of the workers that run somewhere in both, and not in the same place."""
         rows = [(name, zip(row, other.seats.get(name, ()), strict=False)) for name, row in self.seats.items()]
         return [(name, index) for name, row in rows for index, (a, b) in enumerate(row) if a and b and a != b]
 
-    def missing(self, spec: PipeSpec) -> list[tuple[str, int]]:
-        """(processor, index) of the workers that the pipe asks for and that run nowhere."""
+    def missing(self, spec: PipeSpec, done: Iterable[Seat] = ()) -> list[Seat]:
+        """The workers that the pipe asks for and that run nowhere, but for those that are `done`."""
         rows = [(one, self.seats.get(one.name, ())) for one in spec.processors]
-        return [(one.name, i) for one, row in rows for i in range(one.workers) if not (i < len(row) and row[i])]
+        lost = [(one.name, i) for one, row in rows for i in range(one.workers) if not (i < len(row) and row[i])]
+        return [seat for seat in lost if seat not in set(done)]
 
 
 class Unplaceable(msgspec.Struct, frozen=True):
@@ -81,7 +84,9 @@ class Unplaceable(msgspec.Struct, frozen=True):
         return f"worker {self.processor}#{self.index} {what}:{each}\n{remedy}"
 
 
-def place(spec: PipeSpec, nodes: Iterable[Node], current: Placement | None = None) -> Placement | Unplaceable:
+def place(
+    spec: PipeSpec, nodes: Iterable[Node], current: Placement | None = None, done: Iterable[Seat] = ()
+) -> Placement | Unplaceable:
     """Find a node for every worker of `spec`, which is valid.
 
     Room for the workers that autoscaling may add (indices from `workers` on) is taken last, where there is any.
@@ -89,40 +94,50 @@ def place(spec: PipeSpec, nodes: Iterable[Node], current: Placement | None = Non
     Args:
         nodes: with what other pipes took; what this pipe has there counts as free.
         current: where its workers run now.
+        done: workers that have ended: they stay where they are, or are nowhere.
     """
     known = sorted(nodes, key=lambda node: node.id)
     sizes = Sizes(spec)
-    found = _search(spec, known, sizes, current or Placement(), False)
+    search = _Search(spec, known, sizes, frozenset(done))
+    found = search.run(current or Placement(), False)
     if isinstance(found, Placement):
         return found
-    never = not isinstance(_search(spec, known, sizes, Placement(), True), Placement)
+    never = not isinstance(search.run(Placement(), True), Placement)
     return msgspec.structs.replace(found, never=never)
 
 
-def _search(
-    spec: PipeSpec, nodes: list[Node], sizes: Sizes, current: Placement, empty: bool
-) -> Placement | Unplaceable:
-    """Try with ever more processors before the others; then the same with everything spread."""
-    told: Unplaceable | None = None
-    for spread in (False, True):
-        first: list[str] = []
-        for _ in range(TRIES):
-            found = _Attempt(spec, Room(spec, nodes, sizes, empty), current, spread).run(first)
-            if isinstance(found, Placement):
-                return found
-            told = told or found
-            if found.processor in first[:1]:
-                break  # as the very first it found no room either
-            first.insert(0, found.processor)
-    assert told is not None
-    return told
+class _Search(msgspec.Struct, frozen=True):
+    spec: PipeSpec
+    nodes: list[Node]
+    sizes: Sizes
+    done: frozenset[Seat]
+
+    def run(self, current: Placement, empty: bool) -> Placement | Unplaceable:
+        """Try with ever more processors before the others; then the same with everything spread."""
+        told: Unplaceable | None = None
+        for spread in (False, True):
+            first: list[str] = []
+            for _ in range(TRIES):
+                room = Room(self.spec, self.nodes, self.sizes, empty)
+                found = _Attempt(self.spec, room, current, self.done, spread).run(first)
+                if isinstance(found, Placement):
+                    return found
+                told = told or found
+                if found.processor in first[:1]:
+                    break  # as the very first it found no room either
+                first.insert(0, found.processor)
+        assert told is not None
+        return told
 
 
 class _Attempt:
     """One pass over all processors."""
 
-    def __init__(self, spec: PipeSpec, room: Room, current: Placement, spread: bool) -> None:
+    def __init__(
+        self, spec: PipeSpec, room: Room, current: Placement, done: frozenset[Seat], spread: bool
+    ) -> None:
         self.spec = spec
+        self.done = done
         self.room = room
         self.current = current
         self.spread = spread
@@ -192,7 +207,7 @@ class _Attempt:
 
     def _fill(self, one: ProcessorSpec, indices: range) -> None:
         row = self.seats[one.name]
-        wanted = [index for index in indices if not row[index]]
+        wanted = [index for index in indices if not row[index] and (one.name, index) not in self.done]
         if not wanted:
             return
         chosen = self._choose(one, len(wanted))
