@@ -169,7 +169,7 @@ class World:
 
     def message(self, target: str, what: Message) -> None:
         if target not in self.schedulers:
-            if isinstance(what, Ask) or not isinstance(what, Replicate):
+            if not isinstance(what, Ask | Replicate):
                 return
             self.begin(target, Scheduler(target, what.record))
         self.event(target, Heard(what))

@@ -82,7 +82,7 @@ class Ballot:
         if self.role == COORDINATOR:
             return [Send(node, Replicate(self.kept)) for node in asked]
         if self.role == CANDIDATE:
-            return [Send(node, Ask(self.promised, self.me)) for node in asked]
+            return [Send(node, Ask(self.promised, self.me, self.kept)) for node in asked]
         return []
 
     def _voters(self, record: Record) -> tuple[str, ...]:

@@ -67,6 +67,8 @@ class Ask(msgspec.Struct, frozen=True, tag=True):
 
     epoch: int
     candidate: str
+    record: Record
+    """The newest the candidate has: one who never heard of the pipe begins with it."""
 
 
 class Granted(msgspec.Struct, frozen=True, tag=True):
