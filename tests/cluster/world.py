@@ -244,7 +244,11 @@ class World:
                 continue
             assert counted.coordinator == node
             assert self.coordinators.setdefault(counted.epoch, node) == node, "two coordinators in one epoch"
-            assert self.records.setdefault(counted.fence, counted) == counted, "two records of one revision"
+            if counted.fence not in self.records:
+                for epoch, revision in self.records:
+                    assert (epoch < counted.epoch) == (revision < counted.revision) or epoch == counted.epoch, "forgot"
+                self.records[counted.fence] = counted
+            assert self.records[counted.fence] == counted, "two records of one revision"
 
     def running(self) -> list[str]:
         """Every worker that runs anywhere."""

@@ -154,11 +154,10 @@ class Ballot:
         if self.role != CANDIDATE or message.epoch != self.promised:
             return []
         self._having.add(message.node)
-        more: list[Command] = []
-        if message.record.fence > self._best.fence:  # it may name other members, who must be asked too
+        newer = message.record.fence > self._best.fence
+        if newer:
             self._best = message.record
-            more = self.resend()
-        return [*more, *self._won()]
+        return self._won() or (self.resend() if newer else [])  # it may name other members, who must be asked too
 
     def _refused(self, message: Refused) -> list[Command]:
         self._seen = max(self._seen, message.promised)

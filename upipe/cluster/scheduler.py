@@ -41,6 +41,8 @@ from upipe.graph.spec import PipeSpec
 
 RESEND = 1.0
 """Seconds after which what was not answered is said again. Shorter heals losses faster and talks more."""
+MOST_STEPS = 16
+"""Records in a row for one event, when nobody else has to be waited for."""
 STEP = 0.5
 """Seconds between the candidates for a takeover: the first waits one of them, the next two. Longer than an answer
 takes, so that usually one is enough."""
@@ -170,7 +172,9 @@ class Scheduler:
     def _lead(self) -> list[Command]:
         """Next records until one has to be waited for or there is nothing to do."""
         commands: list[Command] = []
-        while not self.ballot.pending:
+        for _ in range(MOST_STEPS):
+            if self.ballot.pending:
+                break
             commands += self._arrange()
             view = View(self.up, self.reports, self._client_gone, self._changed)
             found = planned(self._wished(self.record), view)
