@@ -166,7 +166,7 @@ class _Attempt:
     def _order(self, first: list[str]) -> list[ProcessorSpec]:
         """`first`, then those with the fewest possible nodes; each after those it must be near."""
         room, specs = self.room, self.room.specs
-        fits = {name: sum(not room.never(one, node) for node in room.nodes.values()) for name, one in specs.items()}
+        fits = {name: room.fits(one) for name, one in specs.items()}
         natural = {name: number for number, name in enumerate(topological_order(self.spec))}
         ranked = sorted(specs, key=lambda name: (fits[name], -len(specs[name].place.near), natural[name]))
         found = dict.fromkeys(name for lead in [*dict.fromkeys(first), *ranked] for name in self._leaders(lead))
@@ -197,7 +197,7 @@ class _Attempt:
         anew: so a node that came gets its share."""
         if not self._spreads(one):
             return one.most_workers, 0
-        fits = sum(not self.room.never(one, node) for node in self.room.nodes.values())
+        fits = self.room.fits(one)
         return divmod(one.workers, fits) if fits else (0, 0)
 
     def _spreads(self, one: ProcessorSpec) -> bool:

@@ -60,6 +60,7 @@ class Room:
         """Bytes left for queues. Never below 0."""
         self.tenants: dict[str, int] = defaultdict(int)
         """Workers by node."""
+        self._fits: dict[str, int] = {}
 
     def _free(self, node: Node) -> dict[str, float]:
         taken = {} if self.empty else node.taken
@@ -99,6 +100,12 @@ class Room:
             if amount > node.resources.get(name, 0.0) + _SLACK:
                 return f"has {_show(name, node.resources.get(name, 0.0))} in all, {_show(name, amount)} is needed"
         return "is draining" if node.draining else ""
+
+    def fits(self, one: ProcessorSpec) -> int:
+        """On how many nodes `one` can run at all."""
+        if one.name not in self._fits:
+            self._fits[one.name] = sum(1 for node in self.nodes.values() if not self.never(one, node))
+        return self._fits[one.name]
 
     def refuses(self, one: ProcessorSpec, node: Node) -> str:
         """Why `node` takes no (further) worker of `one` now; "" when it does."""
