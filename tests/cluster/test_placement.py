@@ -351,3 +351,12 @@ def test_a_thousand_workers_on_a_hundred_nodes_take_less_than_a_second(how: str,
 def test_placements_travel() -> None:
     found = placed(pipe(one("a", 2), one("b")), node("n1"))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(found), type=Placement) == found
+
+
+def test_what_has_ended_is_not_placed_again_and_what_runs_beside_it_stays() -> None:
+    spec = pipe(one("a", 3))
+    before = Placement({"a": ("n1", "", "n2")})
+    found = place(spec, [node("n1"), node("n2")], before, [("a", 1)])
+    assert found == before and before.missing(spec) == [("a", 1)] and before.missing(spec, [("a", 1)]) == []
+    gone = place(spec, [node("n2")], before, [("a", 0), ("a", 1)])
+    assert isinstance(gone, Placement) and gone.seats == {"a": ("", "", "n2")}
