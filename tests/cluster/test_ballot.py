@@ -9,9 +9,9 @@ import pytest
 
 from upipe.cluster.ballot import CANDIDATE, COORDINATOR, MEMBER, Ballot
 from upipe.cluster.dealings import Accepted, Ask, Granted, Refused, Replicate, Save, Send
+from upipe.cluster.lanes import Layout
 from upipe.cluster.placement import Placement
 from upipe.cluster.record import Record, quorum
-from upipe.cluster.routes import Layout
 from upipe.graph.spec import PipeSpec
 
 

@@ -8,9 +8,9 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 
-from tests.cluster.test_routes import AB, CLIENT, histories, one, seats
+from tests.cluster.test_lanes import AB, CLIENT, histories, one, seats
+from upipe.cluster.lanes import lay_out, relay
 from upipe.cluster.layout import HOLD, STEPS, MirrorPlan, NodePlan, Step, cluster_problems, node_plan, rewire
-from upipe.cluster.routes import lay_out, relay
 from upipe.errors import DeclarationError
 from upipe.graph.plan import OutputPlan, plan
 from upipe.graph.spec import EdgeSpec, PipeSpec

@@ -193,8 +193,8 @@ def test_a_pipe_is_completed_when_every_processor_has_ended_everywhere(client: s
     assert record.state == "completed" and world.running() == []
     assert set(record.ends) == {"in0-a", "e0-a-b", "results", "replies"}
     told = world.told[-1]
-    routes = len(record.layout.of("e0-a-b"))
-    assert told.state == "completed" and told.books["e0-a-b"].emitted == routes > 1
+    lanes = len(record.layout.of("e0-a-b"))
+    assert told.state == "completed" and told.books["e0-a-b"].emitted == lanes > 1
     assert all(keeper.plan is None for node, keeper in world.keepers.items() if node != client)
     assert world.leader.finished
 

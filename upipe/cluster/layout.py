@@ -2,7 +2,7 @@
 
 A plan is the whole truth for its node and revision: a keeper that has it needs no other to go on, one that missed some
 takes the newest and finds the way itself. Plans of different nodes need no order between them: data has positions, and
-no stream ends while its HOLD is open (routes.py).
+no stream ends while its HOLD is open (lanes.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import defaultdict
 
 import msgspec
 
-from upipe.cluster.routes import Layout, Route, Stream, streams
+from upipe.cluster.lanes import Lane, Layout, Stream, streams
 from upipe.cluster.sizes import Sizes
 from upipe.errors import DeclarationError
 from upipe.graph.plan import ANY, PIPE, REPLIES, RESULTS, OutputPlan, Plan, QueuePlan, WorkerPlan, topological_order
@@ -117,17 +117,17 @@ def node_plan(
     if wrong:
         raise DeclarationError(wrong, f"pipe {spec.name!r}")
     parts = _Parts(spec)
-    here = [route for route in layout.routes if node in (route.home, route.reader)]
+    here = [lane for lane in layout.lanes if node in (lane.home, lane.reader)]
     queues = tuple(
         QueueHere(
-            parts.queue(route),
-            "home" if route.home == node else "sink",
-            route.stream in ends,
-            parts.streams[route.stream].target in discards,
+            parts.queue(lane),
+            "home" if lane.home == node else "sink",
+            lane.stream in ends,
+            parts.streams[lane.stream].target in discards,
         )
-        for route in here
+        for lane in here
     )
-    mirrors = tuple(_mirror(route, layout.client) for route in here if route.reader not in ("", route.home))
+    mirrors = tuple(_mirror(lane, layout.client) for lane in here if lane.reader not in ("", lane.home))
     workers = tuple(
         parts.worker(name, index, node, here)
         for name, row in layout.placement.seats.items()
@@ -139,9 +139,9 @@ def node_plan(
     return NodePlan(spec.name, node, *fence, topological_order(spec), queues, workers, mirrors, going, draining)
 
 
-def _mirror(route: Route, client: str) -> MirrorPlan:
-    dialer = client if client in (route.home, route.reader) else min(route.home, route.reader)
-    return MirrorPlan(f"{route.name}@{route.reader}", route.name, route.home, route.reader, dialer)
+def _mirror(lane: Lane, client: str) -> MirrorPlan:
+    dialer = client if client in (lane.home, lane.reader) else min(lane.home, lane.reader)
+    return MirrorPlan(f"{lane.name}@{lane.reader}", lane.name, lane.home, lane.reader, dialer)
 
 
 class _Parts:
@@ -162,10 +162,10 @@ class _Parts:
                 if one.name in last:
                     self.ends[one.name, index] = len(self.ends)
 
-    def queue(self, route: Route) -> QueuePlan:
-        stream = self.streams[route.stream]
+    def queue(self, lane: Lane) -> QueuePlan:
+        stream = self.streams[lane.stream]
         capacity, policy, producers = self._ring(stream)
-        return QueuePlan(route.name, stream.source, stream.target, route.partition, capacity, policy, producers)
+        return QueuePlan(lane.name, stream.source, stream.target, lane.partition, capacity, policy, producers)
 
     def _ring(self, stream: Stream) -> tuple[int, str, tuple[int, ...]]:
         if stream.source == PIPE:
@@ -178,16 +178,16 @@ class _Parts:
         workers = next(one.most_workers for one in self.spec.processors if one.name == stream.source)
         return self.spec.edge_bytes(edge), edge.policy, tuple(range(workers))
 
-    def worker(self, name: str, index: int, node: str, here: list[Route]) -> WorkerPlan:
+    def worker(self, name: str, index: int, node: str, here: list[Lane]) -> WorkerPlan:
         inputs = tuple(
-            route.name
-            for route in here
-            if route.reader == node and self.streams[route.stream].target == name and route.partition in (-1, index)
+            lane.name
+            for lane in here
+            if lane.reader == node and self.streams[lane.stream].target == name and lane.partition in (-1, index)
         )
-        writes: dict[str, list[Route]] = defaultdict(list)
-        for route in here:
-            if route.home == node and route.open:
-                writes[route.stream].append(route)
+        writes: dict[str, list[Lane]] = defaultdict(list)
+        for lane in here:
+            if lane.home == node and lane.open:
+                writes[lane.stream].append(lane)
         outputs = [
             _output(stream, writes[stream.name], node, index)
             for stream in self.streams.values()
@@ -199,12 +199,12 @@ class _Parts:
         return WorkerPlan(name, index, inputs, tuple(outputs), replies, self.numbers[name, index])
 
 
-def _output(stream: Stream, routes: list[Route], node: str, producer: int) -> OutputPlan:
+def _output(stream: Stream, lanes: list[Lane], node: str, producer: int) -> OutputPlan:
     if stream.keyed:
-        names = tuple(route.name for route in sorted(routes, key=lambda one: one.partition))
+        names = tuple(lane.name for lane in sorted(lanes, key=lambda one: one.partition))
         return OutputPlan(stream.target, names, producer, True)
-    local = [route.name for route in routes if route.reader == node]
-    far = [route.name for route in routes if route.reader != node]
+    local = [lane.name for lane in lanes if lane.reader == node]
+    far = [lane.name for lane in lanes if lane.reader != node]
     return OutputPlan(stream.target, (*local, *far), producer, False, len(local))
 
 

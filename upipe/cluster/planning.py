@@ -2,9 +2,9 @@
 
 A worker that shall run elsewhere moves in steps, each of them a record that counts: its plan says "leaving"; it
 finishes what it holds and ends; what it finished is told to the homes of its queues ("settled"); then its seat, and the
-routes that only it read, are the new node's. A worker that was lost with its node is simply seated anew.
+lanes that only it read, are the new node's. A worker that was lost with its node is simply seated anew.
 
-What is done about the end of streams: see routes.py.
+What is done about the end of streams: see lanes.py.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from upipe.cluster.dealings import NodeReport, QueueState
+from upipe.cluster.lanes import Lane, Layout, Stream, prune, relay, streams
 from upipe.cluster.layout import NodePlan, node_plan
 from upipe.cluster.placement import Placement, Seat, Unplaceable, place
 from upipe.cluster.record import DRAINING, ENDED, MOST_MEMBERS, RUNNING, Books, Record
 from upipe.cluster.room import Node
-from upipe.cluster.routes import Layout, Route, Stream, prune, relay, streams
 from upipe.graph.plan import ANY, PIPE, REPLIES, RESULTS
 
 _NOTHING = QueueState()
@@ -183,26 +183,26 @@ class _Step:
         if (name, index) not in gone:
             return here
         alone = all((name, other) in gone for other in self.layout.placement.indices(name, here))
-        read = [route for route in self.layout.routes if route.reader == here != route.home]
-        mine = [route for route in read if self._read_by(route, name, index, alone)]
-        return there if all(self._queue(here, route.name).settled for route in mine) else here
+        read = [lane for lane in self.layout.lanes if lane.reader == here != lane.home]
+        mine = [lane for lane in read if self._read_by(lane, name, index, alone)]
+        return there if all(self._queue(here, lane.name).settled for lane in mine) else here
 
-    def _read_by(self, route: Route, name: str, index: int, alone: bool) -> bool:
-        """Whether nobody else on the worker's node reads the route."""
-        target = next(one.target for one in streams(self.record.spec) if one.name == route.stream)
-        return target == name and (alone if route.partition < 0 else route.partition == index)
+    def _read_by(self, lane: Lane, name: str, index: int, alone: bool) -> bool:
+        """Whether nobody else on the worker's node reads the lane."""
+        target = next(one.target for one in streams(self.record.spec) if one.name == lane.stream)
+        return target == name and (alone if lane.partition < 0 else lane.partition == index)
 
     # ------------------------------------------------------------------ queues
 
     def prune(self) -> None:
-        closed = [route for route in self.layout.routes if not route.open and route in self.record.layout.routes]
-        states = {route.name: self._queue(route.home, route.name) for route in closed}
+        closed = [lane for lane in self.layout.lanes if not lane.open and lane in self.record.layout.lanes]
+        states = {lane.name: self._queue(lane.home, lane.name) for lane in closed}
         after = prune(self.layout, [name for name, state in states.items() if state.empty and state.left])
-        kept = {route.name for route in after.routes}
+        kept = {lane.name for lane in after.lanes}
         books = dict(self.record.books)
-        for route in self.layout.routes:
-            if route.name not in kept:
-                books[route.stream] = books.get(route.stream, Books()) + states[route.name].books
+        for lane in self.layout.lanes:
+            if lane.name not in kept:
+                books[lane.stream] = books.get(lane.stream, Books()) + states[lane.name].books
         self.layout = after
         self._change(layout=after, books=books)
 
@@ -217,13 +217,13 @@ class _Step:
             written = not self.layout.client or (report is not None and report.input_closed)
         else:
             written = all(_over(self.record, name) for name in self._writers(stream))
-        routes = self.layout.of(stream.name)
+        lanes = self.layout.of(stream.name)
         if not written or (stream.target != PIPE and _over(self.record, stream.target)):
             return written
         if stream.target == PIPE:
             return True
-        return routes == self.record.layout.of(stream.name) and all(
-            self._queue(route.home, route.name).empty for route in routes
+        return lanes == self.record.layout.of(stream.name) and all(
+            self._queue(lane.home, lane.name).empty for lane in lanes
         )
 
     def _writers(self, stream: Stream) -> list[str]:
@@ -237,8 +237,8 @@ class _Step:
             return
         if not {RESULTS, REPLIES} <= set(self.record.ends):
             return
-        left = [route for name in (RESULTS, REPLIES) for route in self.layout.of(name)]
-        if all(self._queue(route.home, route.name).settled for route in left if route.reader):
+        left = [lane for name in (RESULTS, REPLIES) for lane in self.layout.of(name)]
+        if all(self._queue(lane.home, lane.name).settled for lane in left if lane.reader):
             self._change(state="completed")
 
     # ------------------------------------------------------------------ members
@@ -255,10 +255,10 @@ def totals(record: Record, reports: Iterable[NodeReport]) -> dict[str, Books]:
     """The books of each stream, over all its queues there are and were."""
     found = dict(record.books)
     by_node = {report.node: report for report in reports}
-    for route in record.layout.routes:
-        report = by_node.get(route.home)
-        if report is not None and route.name in report.queues:
-            found[route.stream] = found.get(route.stream, Books()) + report.queues[route.name].books
+    for lane in record.layout.lanes:
+        report = by_node.get(lane.home)
+        if report is not None and lane.name in report.queues:
+            found[lane.stream] = found.get(lane.stream, Books()) + report.queues[lane.name].books
     return found
 
 

@@ -16,8 +16,8 @@ from collections.abc import Iterable
 
 import msgspec
 
+from upipe.cluster.lanes import Layout
 from upipe.cluster.placement import Placement, Seat
-from upipe.cluster.routes import Layout
 from upipe.graph.spec import PipeSpec
 
 MOST_MEMBERS = 7

@@ -32,11 +32,11 @@ from upipe.cluster.dealings import (
     StopPipe,
     TellClient,
 )
+from upipe.cluster.lanes import lay_out
 from upipe.cluster.placement import Placement, Unplaceable, place
 from upipe.cluster.planning import View, planned, plans, totals
 from upipe.cluster.record import DRAINING, ENDED, MOST_MEMBERS, RUNNING, Record
 from upipe.cluster.room import Node
-from upipe.cluster.routes import lay_out
 from upipe.graph.spec import PipeSpec
 
 RESEND = 1.0

@@ -1,4 +1,4 @@
-"""Routes follow the workers: every producer reaches every consumer it should, and nothing that can be had is lost."""
+"""Lanes follow the workers: every producer reaches every consumer it should, and nothing that can be had is lost."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from upipe.cluster.lanes import Lane, Layout, lay_out, prune, relay, streams
 from upipe.cluster.placement import Placement
-from upipe.cluster.routes import Layout, Route, lay_out, prune, relay, streams
 from upipe.graph.plan import ANY, PIPE, REPLIES
 from upipe.graph.spec import EdgeSpec, PipeSpec, ProcessorSpec
 
@@ -24,7 +24,7 @@ AB = PipeSpec("p", (one("a", 2, kind="source"), one("b", 2)), (EdgeSpec("a", "b"
 
 
 def ends(layout: Layout, stream: str) -> list[tuple[str, str, bool]]:
-    return [(route.home, route.reader, route.open) for route in layout.of(stream)]
+    return [(lane.home, lane.reader, lane.open) for lane in layout.of(stream)]
 
 
 def seats(**rows: str) -> Placement:
@@ -34,7 +34,7 @@ def seats(**rows: str) -> Placement:
 
 def test_on_one_node_there_is_one_queue_per_stream_as_on_one_host() -> None:
     laid = lay_out(AB, seats(a="11", b="11"), "")
-    assert [(route.name, route.home, route.reader) for route in laid.routes] == [
+    assert [(lane.name, lane.home, lane.reader) for lane in laid.lanes] == [
         ("e0-a-b-r0", "1", "1"),
         ("results-r1", "1", ""),
         ("replies-r2", "1", ""),
@@ -53,7 +53,7 @@ def test_what_a_lost_reader_had_not_finished_goes_to_another() -> None:
     before = lay_out(AB, seats(a="11", b="23"), CLIENT)
     after = relay(AB, before, seats(a="11", b="22"), ["3"])
     assert ends(after, "e0-a-b") == [("1", "2", True), ("1", "2", False)]  # the second drains
-    assert [route.name for route in after.of("e0-a-b")] == [route.name for route in before.of("e0-a-b")]
+    assert [lane.name for lane in after.of("e0-a-b")] == [lane.name for lane in before.of("e0-a-b")]
 
 
 def test_while_nobody_reads_frames_wait_where_they_are() -> None:
@@ -86,15 +86,15 @@ def test_a_partition_is_read_by_its_worker_wherever_that_is() -> None:
     assert [r.open for r in relay(spec, after, seats(a="12", b="21")).of("e0-a-b")] == [True] * 4
 
 
-def test_only_closed_and_empty_routes_are_removed_and_no_reader_is_left_without_a_queue() -> None:
+def test_only_closed_and_empty_lanes_are_removed_and_no_reader_is_left_without_a_queue() -> None:
     before = lay_out(AB, seats(a="12", b="33"), CLIENT)
     moved = relay(AB, before, seats(a="22", b="33"))
-    names = [route.name for route in moved.routes]
+    names = [lane.name for lane in moved.lanes]
     assert ends(moved, "e0-a-b") == [("1", "3", False), ("2", "3", True)]
     assert ends(prune(moved, []), "e0-a-b") == ends(moved, "e0-a-b")
     assert ends(prune(moved, names), "e0-a-b") == [("2", "3", True)]
     alone = relay(AB, before, seats(a="--", b="33"))
-    assert ends(prune(alone, [route.name for route in alone.routes]), "e0-a-b") == ends(alone, "e0-a-b")
+    assert ends(prune(alone, [lane.name for lane in alone.lanes]), "e0-a-b") == ends(alone, "e0-a-b")
 
 
 def test_without_its_client_a_pipe_takes_nothing_in_and_keeps_what_was_emitted() -> None:
@@ -129,28 +129,28 @@ def histories(draw: Any) -> tuple[PipeSpec, list[tuple[Placement, set[str]]]]:
 
 
 def check(spec: PipeSpec, laid: Layout) -> None:
-    names = [route.name for route in laid.routes]
+    names = [lane.name for lane in laid.lanes]
     assert len(set(names)) == len(names)
     where = laid.placement
     for stream in streams(spec):
-        routes = laid.of(stream.name)
+        lanes = laid.of(stream.name)
         writers = {PIPE: {laid.client}, ANY: set(where.nodes())}.get(stream.source, set(where.nodes(stream.source)))
         if stream.name == "results":
             writers = {node for one in spec.ends() for node in where.nodes(one.name)}
         for home in writers:
-            mine = [route for route in routes if route.home == home and route.open]
+            mine = [lane for lane in lanes if lane.home == home and lane.open]
             if stream.keyed:
                 row = where.seats[stream.target]
-                assert sorted((route.partition, route.reader) for route in mine) == list(enumerate(row))
+                assert sorted((lane.partition, lane.reader) for lane in mine) == list(enumerate(row))
             else:
                 able = {laid.client} if stream.target == PIPE else set(where.nodes(stream.target))
-                assert sorted(route.reader for route in mine) == sorted(able or {""})
-        for route in routes:
-            assert route.home
-            assert not route.open or route.home in writers
+                assert sorted(lane.reader for lane in mine) == sorted(able or {""})
+        for lane in lanes:
+            assert lane.home
+            assert not lane.open or lane.home in writers
             if stream.target != PIPE:
-                able = set(where.nodes(stream.target)) if route.partition < 0 else {where.seats["b"][route.partition]}
-                assert route.reader in able or (not able - {""} and route.reader == "")
+                able = set(where.nodes(stream.target)) if lane.partition < 0 else {where.seats["b"][lane.partition]}
+                assert lane.reader in able or (not able - {""} and lane.reader == "")
 
 
 @given(histories())
@@ -159,23 +159,23 @@ def test_every_writer_reaches_every_reader_and_what_a_living_node_holds_stays(hi
     spec, steps = history
     laid, seen = None, set[str]()
     for where, lost in steps:
-        before: tuple[Route, ...] = laid.routes if laid else ()
+        before: tuple[Lane, ...] = laid.lanes if laid else ()
         laid = relay(spec, laid, where, lost) if laid else lay_out(spec, where, CLIENT)
         check(spec, laid)
-        now = {route.name: route for route in laid.routes}
-        for route in before:
-            if route.home not in lost:
-                assert now[route.name].home == route.home
-            elif route.reader not in ("", route.home) and route.reader not in lost:
-                assert now[route.name].home == route.reader and not now[route.name].open
+        now = {lane.name: lane for lane in laid.lanes}
+        for lane in before:
+            if lane.home not in lost:
+                assert now[lane.name].home == lane.home
+            elif lane.reader not in ("", lane.home) and lane.reader not in lost:
+                assert now[lane.name].home == lane.reader and not now[lane.name].open
             else:
-                assert route.name not in now  # no copy of it is left
-        assert not (now.keys() - {route.name for route in before}) & seen  # a name is never used again
+                assert lane.name not in now  # no copy of it is left
+        assert not (now.keys() - {lane.name for lane in before}) & seen  # a name is never used again
         seen |= now.keys()
         assert relay(spec, laid, where) == laid  # nothing changes when nothing happened
         pruned = prune(laid, now)
         check(spec, pruned)
-        assert {(r.stream, r.reader, r.partition) for r in pruned.routes} == {
-            (r.stream, r.reader, r.partition) for r in laid.routes
+        assert {(r.stream, r.reader, r.partition) for r in pruned.lanes} == {
+            (r.stream, r.reader, r.partition) for r in laid.lanes
         }
-    assert laid is None or REPLIES in {route.stream for route in laid.routes} or not laid.placement.nodes()
+    assert laid is None or REPLIES in {lane.stream for lane in laid.lanes} or not laid.placement.nodes()
