@@ -566,3 +566,15 @@ except KeyboardInterrupt:
         told, _ = program.communicate(timeout=DEADLINE)
     assert told == "interrupted stopped\n"
     assert not Path(f"/proc/{started[0].suffix[1:]}").exists()
+
+
+def test_what_a_cluster_needs_to_know_is_in_the_spec_and_says_nothing_here() -> None:
+    from upipe import Place
+
+    one = Processor("a", lambda value: value, resources={"memory": 2**30, "gpu": 1}, place=Place(hosts=("elsewhere",)))
+    pipe = Pipe("p")
+    pipe.add(one)
+    spec = pipe._prepare()[0].processors[0]
+    assert spec.needs == {"cpu": 0.1, "memory": 2**30, "gpu": 1} and spec.place.hosts == ("elsewhere",)
+    assert hash(spec) == hash(spec)
+    assert pipe.run(20).state == "completed"

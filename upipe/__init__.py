@@ -31,7 +31,7 @@ from upipe.pipe import Pipe
 from upipe.processor import Processor, processor
 from upipe.runtime.report import Report
 from upipe.runtime.spool import DeadLetter
-from upipe.settings import AutoscalePolicy, RestartPolicy, Settings
+from upipe.settings import AutoscalePolicy, Place, RestartPolicy, Settings
 
 __version__ = "0.1.0"
 
@@ -54,6 +54,7 @@ __all__ = [
     "PickleRefused",
     "Pipe",
     "PipeFailed",
+    "Place",
     "Processor",
     "ProcessorError",
     "QueueClosed",

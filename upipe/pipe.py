@@ -169,6 +169,8 @@ class Pipe:
             allow_pickle=settings.allow_pickle if one.allow_pickle is None else one.allow_pickle,
             frame_timeout=one.frame_timeout,
             takes_config=takes_config,
+            resources=tuple(sorted(one.resources.items(), key=repr)),
+            place=one.place,
         )
 
     def _not_started(self, what: str) -> None:

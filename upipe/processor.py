@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Hashable, Iterator
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, overload
 
@@ -11,7 +11,7 @@ from upipe.frame import DataFrame
 from upipe.memq._ring import Ready
 from upipe.runtime.direct import SHORT_CUTS, YIELD_EVERY, later, short_cuts
 from upipe.runtime.worker import Worker, current
-from upipe.settings import RestartPolicy
+from upipe.settings import Place, RestartPolicy
 
 Key = Callable[[Any], Hashable] | str | int
 OnError = Literal["retry", "dead_letter", "fail"]
@@ -51,6 +51,9 @@ class Processor:
         allow_pickle: False refuses pickled frames on all its edges; default from the settings.
         frame_timeout: seconds a frame may take, its waits for room downstream not counted. A worker that takes longer
             is killed by the kernel (SIGALRM: the code must leave that signal alone), and the frame is given to another.
+        resources: what each worker takes of its node: "cpu" (cores, default 0.1), "memory" (bytes), "gpu", or what
+            nodes were started with (`upipe-node --resources fpga=2`). Counted when a cluster places it, never enforced.
+        place: which nodes of a cluster it may run on; see Place. On one host both are only checked.
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class Processor:
         checkpoint_every: int = 100,
         allow_pickle: bool | None = None,
         frame_timeout: float | None = None,
+        resources: Mapping[str, float] | None = None,
+        place: Place | None = None,
     ) -> None:
         self.name = name
         self.func = func
@@ -84,6 +89,8 @@ class Processor:
         self.checkpoint_every = checkpoint_every
         self.allow_pickle = allow_pickle
         self.frame_timeout = frame_timeout
+        self.resources = dict(resources or {})
+        self.place = place or Place()
         self.edges: list[Edge] = []
         self._config = config
         self._worker: Worker | None = None

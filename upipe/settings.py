@@ -13,6 +13,10 @@ MIB = 1024 * KIB
 DEFAULT_QUEUE_BYTES = 4 * MIB
 """Ring of a stand-alone MemQ, in bytes. Larger rides out longer pauses of the consumer and leaves the cache sooner."""
 
+DEFAULT_CPU = 0.1
+"""Cores a worker is counted with when it asks for none. Small, since most workers wait for frames most of the time:
+what really computes says so, resources={"cpu": 1}."""
+
 DEFAULT_EDGE_BYTES = 32 * MIB
 """Ring of one edge of a pipe, in bytes: five 1080p RGB frames. Shared memory is taken at start, not on use."""
 
@@ -45,6 +49,25 @@ class AutoscalePolicy(msgspec.Struct, frozen=True):
     """Seconds with the input nearly empty before one worker is drained."""
     interval: float = 0.2
     """Seconds between two decisions while the pipe runs: shorter reacts faster, and flaps sooner."""
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where the workers of a processor may run on a cluster; on one host it says nothing. Everything given must hold.
+
+        Processor("detect", detect, workers=6, resources={"gpu": 1}, place=Place(labels=("zone=a",), how="spread"))
+    """
+
+    labels: tuple[str, ...] = ()
+    """Labels a node must have: "key=value", or "key" for any value."""
+    hosts: tuple[str, ...] = ()
+    """The only nodes it may run on, by node id or host name; () is any."""
+    near: tuple[str, ...] = ()
+    """Processors of which a worker must run on the same node, for each of these."""
+    apart: tuple[str, ...] = ()
+    """Processors that must not share a node with it; its own name: at most one of its workers on a node."""
+    how: str = "pack"
+    """"pack": as few nodes as hold it, beside those it exchanges frames with. "spread": equally many on each node that
+    fits, which costs frames over the network and loses less with a node."""
 
 
 class Settings(msgspec.Struct, frozen=True):

@@ -1,7 +1,7 @@
 """The regression check: uPipe's ratios to its peers in this run against those that were written down.
 
-Ratios, never times: machines differ and are busy. A ratio may fall to SLACK of what it was before that is an error, since
-short runs on a shared machine spread so far; what it is there to find are the lost factors of two and more.
+Ratios, never times: machines differ and are busy. A ratio may fall to SLACK of what it was before that is an error,
+since short runs on a shared machine spread so far; what it is there to find are the lost factors of two and more.
 """
 
 from __future__ import annotations

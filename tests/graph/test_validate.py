@@ -18,7 +18,7 @@ from upipe.errors import DeclarationError
 from upipe.graph.inspect import inspect_func
 from upipe.graph.spec import EdgeSpec, PipeSpec, ProcessorSpec
 from upipe.graph.validate import MOST_EDGE_BYTES, MOST_WORKERS, cycles, problems
-from upipe.settings import KIB, AutoscalePolicy, RestartPolicy, Settings
+from upipe.settings import KIB, AutoscalePolicy, Place, RestartPolicy, Settings
 
 CODE = "0123456789abcdef" * 4
 GOOD = ProcessorSpec("a", "map", CODE)
@@ -73,6 +73,29 @@ CASES: dict[str, tuple[PipeSpec, str]] = {
     "max_deliveries": (pipe(but(max_deliveries=0)), "processor 'a': max_deliveries is 0"),
     "checkpoint_every": (pipe(but(kind="source", resume=True, checkpoint_every=0)), "checkpoint_every is 0"),
     "frame_timeout": (pipe(but(frame_timeout=0)), "processor 'a': frame_timeout is 0; give seconds above 0"),
+    "resource name": (pipe(but(resources=(("a b", 1),))), "processor 'a': resource 'a b': invalid name"),
+    "resource below 0": (pipe(but(resources=(("gpu", -1),))), "processor 'a': resource 'gpu' is -1; give an amount"),
+    "resource nan": (pipe(but(resources=(("gpu", math.nan),))), "resource 'gpu' is nan; give an amount of at least 0"),
+    "no place": (pipe(but(place="here")), "processor 'a': place is 'here'; give Place(...)"),
+    "near text": (pipe(but(place=Place(hosts="host"))), "place.hosts is 'host'; give a tuple of texts"),  # type: ignore[arg-type]
+    "label": (pipe(but(place=Place(labels=("",)))), "processor 'a': place.labels is ('',); give a tuple of texts"),
+    "how": (pipe(but(place=Place(how="well"))), "processor 'a': place.how is 'well'; use one of 'pack', 'spread'"),
+    "near nobody": (pipe(but(place=Place(near=("x",)))), "place.near: the pipe has no processor 'x'; add it"),
+    "apart nobody": (pipe(but(place=Place(apart=("x",)))), "place.apart: the pipe has no processor 'x'; add it"),
+    "near itself": (pipe(but(place=Place(near=("a",)))), "place.near names itself"),
+    "two labels": (pipe(but(place=Place(labels=("z=1", "z=2")))), "asks for z=1 and z=2 of one node; keep one"),
+    "near and apart": (
+        pair(EdgeSpec("a", "b"), place=Place(near=("a",), apart=("a",))),
+        "processor 'b': it shall run near 'a' and apart from it",
+    ),
+    "near, pinned elsewhere": (
+        pipe(but(place=Place(hosts=("n1",))), but(name="b", place=Place(near=("a",), hosts=("n2",)))),
+        "processor 'b': it shall run near 'a', but their place.hosts have no node in common",
+    ),
+    "near in a circle": (
+        pipe(but(place=Place(near=("b",))), but(name="b", place=Place(near=("a",)))),
+        "place.near goes in a circle, a -> b -> a; remove one",
+    ),
     "frame_timeout nan": (pipe(but(frame_timeout=math.nan)), "processor 'a': frame_timeout is nan"),
     "restart": (pipe(but(restart=RestartPolicy(limit=-1))), "processor 'a': restart.limit is -1"),
     "resume": (pipe(but(resume=True)), "processor 'a': resume is for sources"),
@@ -125,6 +148,10 @@ GOOD_PIPES: dict[str, PipeSpec] = {
     "keyed": pair(EdgeSpec("a", "b", size=64 * KIB, keyed=True), workers=8),
     "autoscale": pair(EdgeSpec("a", "b", policy="latest", size=MOST_EDGE_BYTES), workers=2, autoscale=2),
     "timeout": pipe(but(frame_timeout=0.5)),
+    "place": pipe(
+        but(resources=(("cpu", 0), ("fpga", 2.5)), place=Place(("z=a", "z=a", "ssd"), ("n1", "n2"), how="spread")),
+        but(name="b", place=Place(near=("a",), apart=("b",))),
+    ),
     "two roots, two ends": pipe(
         *(but(name=name) for name in "abxcd"),
         *(EdgeSpec(*ends) for ends in (("a", "x"), ("b", "x"), ("x", "c"), ("x", "d"))),

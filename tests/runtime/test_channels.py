@@ -258,3 +258,251 @@ def test_close_ends_the_stream_of_every_edge(make: Any) -> None:
     outputs(first, second, replies=replies).close(reply_producer=0)
     with pytest.raises(EndOfStream):
         reader.receive(20)
+
+
+# ------------------------------------------------------------------ several queues of one edge
+
+
+def free(local: int, *queues: MemQ, key: Any = None) -> Outputs:
+    plan = OutputPlan("t", tuple(one.name for one in queues), 0, False, local)
+    return Outputs((Output(plan, queues, key),), None)
+
+
+def test_a_local_queue_goes_first_and_then_the_one_with_most_room(make: Any) -> None:
+    local, half, empty = make(), make(), make()
+    out = free(1, local, half, empty)
+    assert out.only is None
+    while half.room > half.capacity // 2:
+        half.put(b"x" * 900)
+    used = half.qsize()
+    while local.room >= local.capacity // 4:
+        assert out.try_send(b"x" * 900)
+    assert (half.qsize(), empty.qsize()) == (used, 0)
+    for _ in range(10):
+        assert out.try_send(b"x" * 900)
+    assert (half.qsize(), empty.qsize()) == (used, 10)
+    while out.try_send(b"x" * 900):
+        pass
+    assert max(one.room for one in (local, half, empty)) < 1024
+
+
+def test_of_equal_queues_each_gets_its_share(make: Any) -> None:
+    queues = [make(), make(), make()]
+    out = free(0, *queues)
+    for number in range(30):
+        assert out.try_send(number)
+    assert [one.qsize() for one in queues] == [10, 10, 10]
+
+
+def test_a_value_too_large_for_what_is_left_here_goes_where_it_fits(make: Any) -> None:
+    local, far = make(), make()
+    out = free(1, local, far)
+    while local.room > local.capacity // 2:
+        local.put(b"x" * 900)
+    assert out.try_send(b"x" * 40_000) and far.qsize() == 1
+
+
+def test_a_free_choice_and_a_copy_for_everyone_go_together(make: Any) -> None:
+    near, far, other = make(), make(), make()
+    plan = OutputPlan("t", (near.name, far.name), 0, False, 1)
+    edges = (Output(plan, (near, far), None), Output(OutputPlan("o", (other.name,), 0), (other,), None))
+    out = Outputs(edges, None)
+    sent = 0
+    while out.try_send(b"x" * 900):
+        sent += 1
+    assert near.qsize() + far.qsize() == other.qsize() == sent > 0
+
+
+async def test_who_waits_for_room_waits_for_that_of_any_queue(make: Any) -> None:
+    near, far = make(4096), make(4096)
+    out, reader = free(1, near, far), MemQ.attach(far.name)
+    while out.try_send(b"x" * 400):
+        pass
+    assert out.send(b"x" * 400, timeout=0.01) is False
+    waiting = asyncio.create_task(out.asend(b"y" * 400, timeout=20))
+    await asyncio.sleep(0)
+    for _ in range(reader.qsize()):
+        reader.get_nowait()
+    assert await waiting
+    while out.try_send(b"x" * 400):
+        pass
+    thread = threading.Thread(target=lambda: [reader.get() for _ in range(5)])
+    thread.start()
+    assert out.send(b"z" * 400, timeout=20)
+    thread.join()
+
+
+# ------------------------------------------------------------------ queues that change
+
+
+def known(ends: Inputs) -> dict[Any, str]:
+    return dict(ends.sources)
+
+
+def test_inputs_that_were_handed_over_are_read_from_the_next_try_and_the_others_left(make: Any) -> None:
+    first, second = make(), make()
+    ends = inputs(first)
+    first.put(1)
+    assert ends.try_receive() == (True, 1)
+    more = MemQ.attach(second.name)
+    ends.rewire({**known(ends), more: "new"})
+    second.put(2)
+    assert ends.try_receive() == (True, 2) and ends.held is not None and ends.sources[ends.held] == "new"
+    assert first.stats().finished == 1 and first.empty()
+    ends.rewire({more: "new"})
+    first.put(3)
+    assert ends.try_receive() == (False, None) and second.stats().finished == 1 and len(ends.rings) == 1
+    second.close_producer(0)
+    with pytest.raises(EndOfStream):
+        ends.try_receive()
+    ends.close()
+
+
+def test_an_input_that_ended_does_not_come_back(make: Any) -> None:
+    first, second = make(), make()
+    ends = inputs(first, second)
+    first.close_producer(0)
+    assert ends.try_receive() == (False, None) and len(ends.rings) == 1
+    ends.rewire({**known(ends), MemQ.attach(make().name): "new"})
+    assert ends.try_receive() == (False, None) and len(ends.rings) == 2
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_who_sleeps_for_a_frame_sleeps_on_the_new_queue_too(make: Any, count: int) -> None:
+    queues = [make() for _ in range(count)]
+    ends, late = inputs(*queues), make()
+    more = MemQ.attach(late.name)
+    for ring in (*ends.rings, more):
+        ring.bell(0)
+
+    def change() -> None:
+        ends.rewire({**known(ends), more: "new"})
+        late.put(7)
+
+    thread = threading.Timer(0.02, change)
+    thread.start()
+    assert ends.receive(20) == 7
+    thread.join()
+    with pytest.raises(TimeoutError):
+        ends.receive(0.01)
+    thread = threading.Timer(0.02, lambda: queues[0].put(8))
+    thread.start()
+    assert ends.receive(20) == 8
+    thread.join()
+
+
+async def test_an_awaited_wait_takes_the_new_queue_too(make: Any) -> None:
+    ends, late = inputs(make()), make()
+    waiting = asyncio.create_task(ends.areceive(20))
+    await asyncio.sleep(0)
+    ends.rewire({**known(ends), MemQ.attach(late.name): "new"})
+    late.put(7)
+    assert await waiting == 7
+
+
+def test_a_drain_after_a_change_ends_the_wait_on_what_is_new(make: Any) -> None:
+    ends, late = inputs(make()), make()
+    more = MemQ.attach(late.name)
+    for ring in (*ends.rings, more):
+        ring.bell(0)
+    ends.rewire({more: "new"})
+    assert ends.try_receive() == (False, None)
+    thread = threading.Timer(0.02, ends.interrupt)
+    thread.start()
+    with pytest.raises(Ended):
+        ends.receive()
+    thread.join()
+
+
+def edge(local: int, *queues: MemQ) -> tuple[Output, ...]:
+    return (Output(OutputPlan("t", tuple(one.name for one in queues), 0, False, local), queues, None),)
+
+
+def test_outputs_that_were_handed_over_are_used_and_the_end_of_the_others_is_closed(make: Any) -> None:
+    first, second, third = make(), make(), make()
+    reader = inputs(first)
+    out = Outputs(edge(1, first), None)
+    assert out.try_send(1) and out.only is first
+    out.rewire(edge(1, first, second))
+    first.set_policy(0)
+    assert out.try_send(2) and out.only is None
+    out.rewire(edge(0, third))
+    assert out.try_send(3) and out.only is third and third.qsize() == 1
+    assert [reader.receive(20) for _ in range(2)] == [1, 2]
+    with pytest.raises(EndOfStream):
+        reader.receive(20)
+    out.close()
+    assert third.stats().claimed == 1
+
+
+def test_with_other_threads_about_the_end_of_a_queue_that_was_left_waits_for_theirs(make: Any) -> None:
+    first, second = make(), make()
+    stop = threading.Event()
+    others = [threading.Thread(target=stop.wait) for _ in range(2)]
+    for one in others:
+        one.start()
+    out = Outputs(edge(1, first), None)
+    out.rewire(edge(1, second))
+    assert out.try_send(1) and not first.ended
+    stop.set()
+    for one in others:
+        one.join()
+    out.close()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_who_sleeps_for_room_finds_that_of_the_new_queue(make: Any, count: int) -> None:
+    full, late = [make(4096) for _ in range(count)], make(4096)
+    out = Outputs(edge(1, *full), None)
+    while out.try_send(b"x" * 400):
+        pass
+    for ring in (*full, late):
+        ring.bell(1)
+    thread = threading.Timer(0.02, lambda: out.rewire(edge(1, *full, late)))
+    thread.start()
+    assert out.send(b"y" * 400, timeout=20) and late.qsize() == 1
+    thread.join()
+
+
+async def test_an_awaited_send_finds_the_new_queue(make: Any) -> None:
+    full, late = make(4096), make(4096)
+    out = Outputs(edge(1, full), None)
+    while out.try_send(b"x" * 400):
+        pass
+    waiting = asyncio.create_task(out.asend(b"y" * 400, timeout=20))
+    await asyncio.sleep(0)
+    out.rewire(edge(1, full, late))
+    assert await waiting and late.qsize() == 1
+
+
+@pytest.mark.slow
+def test_changes_under_load_lose_and_repeat_nothing(make: Any) -> None:
+    """One thread emits and one receives without a pause, while queues come and go between them."""
+    queues = [make(1 << 16) for _ in range(6)]
+    theirs = {one: MemQ.attach(one.name) for one in queues}
+    for one in queues:
+        one.bell(1)
+        theirs[one].bell(0)
+    out, ends = Outputs(edge(1, queues[0]), None), Inputs((theirs[queues[0]],), ("s",))
+    total, got = 30_000, list[int]()
+
+    def emit() -> None:
+        for number in range(total):
+            assert out.send(number, timeout=10)
+
+    def take() -> None:
+        while len(got) < total:
+            got.append(ends.receive(10))
+        ends.finish()
+
+    threads = [threading.Thread(target=emit), threading.Thread(target=take)]
+    for thread in threads:
+        thread.start()
+    ends.rewire(dict.fromkeys(theirs.values(), "s"))
+    turn = 0
+    while threads[0].is_alive():
+        turn += 1
+        out.rewire(edge(turn % 2, *(queues[(turn + more) % 6] for more in range(1 + turn % 3))))
+    for thread in threads:
+        thread.join(60)
+    assert sorted(got) == list(range(total)) and turn > 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -514,3 +515,14 @@ def test_a_script_that_connected_once_or_was_killed_has_its_whole_restart_limit(
                 machine.handle(ev.Ready("s#0"), 60.0 * life)
             died(machine, "s#0", 60.0 * life, status=status)
         assert machine.state != "failed"
+
+
+def test_of_a_plan_with_some_of_the_workers_only_those_are_started_and_scaled() -> None:
+    spec = PipeSpec("p", (one("work", workers=3, autoscale=5),))
+    whole = plan(spec)
+    some = msgspec.structs.replace(whole, workers=tuple(part for part in whole.workers if part.index in (1, 2, 4)))
+    machine = Supervisor(spec, some)
+    started = [command.worker for command in machine.start(0.0) if isinstance(command, ev.StartWorker)]
+    assert started == ["work#1", "work#2"]
+    assert machine._indices("work") == [1, 2, 4] and machine._indices("nobody") == []
+    machine.validate()

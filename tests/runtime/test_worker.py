@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import threading
@@ -12,8 +13,11 @@ from typing import Any
 import pytest
 
 from tests.support import DEADLINE, chain, collect, feed
-from upipe import Pipe, PipeFailed, Processor
+from upipe import EndOfStream, MemQ, Pipe, PipeFailed, Processor
 from upipe.errors import NotInWorker
+from upipe.graph.plan import OutputPlan
+from upipe.runtime import messages
+from upipe.runtime.messages import Rewire
 from upipe.runtime.worker import connected, current
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -114,3 +118,65 @@ async def test_what_a_worker_prints_last_is_not_lost(capfd: Any) -> None:
     async with asyncio.timeout(DEADLINE), pipe:
         await pipe.emit(42)
     assert "worker says 42" in capfd.readouterr().out
+
+
+# ------------------------------------------------------------------ queues that change
+
+
+def _rewired(theirs: Any, first: str, second: str, third: str, late: str, replies: str) -> None:
+    """A forked child as a worker: adds one to what it gets."""
+    from upipe.runtime.messages import Assignment
+    from upipe.runtime.worker import Bundle, Worker
+
+    session, label = first.split("/")
+    root = os.environ["UPIPE_SHM"]
+    names = [name.split("/")[1] for name in (third, replies)]
+    outputs = (OutputPlan("next", (names[0],), 0),)
+    what = Assignment(
+        "p", "work", 0, 1, 1, "map", root, session, "", "", (label,), ("a",), outputs, names[1], 0, "retry", 5,
+        False, 100, False, 0.1, (), "/", rewires=True,
+    )  # fmt: skip
+    worker = Worker(theirs, what, Bundle(None, None, {}, ()))
+    try:
+        while True:
+            worker.emit((worker.receive(), worker.inputs.sources[worker.inputs.last]))
+    except EndOfStream:
+        worker.close()
+    os._exit(0)
+
+
+def test_a_running_worker_takes_its_new_queues_and_leaves_the_old() -> None:
+    queues = [MemQ(1 << 16, producers=1) for _ in range(5)]
+    first, second, third, late, _ = queues
+    ours, theirs = messages.pair()
+    child = multiprocessing.get_context("fork").Process(
+        target=_rewired, args=(theirs, *(one.name for one in queues)), daemon=True
+    )
+    child.start()
+    theirs.close()
+    for one in (first, second):
+        one.use_producer(0, 1)
+    first.put(1)
+    assert third.get(timeout=20) == (1, "a")
+    names = [one.name.split("/")[1] for one in queues]
+    told = Rewire((names[0], names[1]), ("a", "b"), (OutputPlan("next", (names[3],), 0),))
+    ours.send(messages.encode(told))
+    second.put(2)  # it sleeps, on the first queue alone
+    assert late.get(timeout=20) == (2, "b")
+    with pytest.raises(EndOfStream):
+        third.get(timeout=20)  # it has closed its end there
+    ours.send(messages.encode(Rewire((names[1],), ("b",), told.outputs)))
+    ours.send(messages.encode(Rewire((names[1], "gone"), ("b", "c"), told.outputs)))  # not there: nothing changes
+    for number in range(100):
+        second.put(number)
+        assert late.get(timeout=20) == (number, "b")
+    second.close_producer(0)
+    with pytest.raises(EndOfStream):
+        late.get(timeout=20)
+    assert messages.decode_from_worker(ours.recv(messages.PACKET)) == messages.Done()
+    child.join(20)
+    assert child.exitcode == 0 and second.stats().finished == 101
+    ours.close()
+    for one in queues:
+        one.close()
+        one.unlink()

@@ -69,6 +69,14 @@ class OutputPlan(msgspec.Struct, frozen=True):
     """The worker's producer id, the same in each of these queues."""
     keyed: bool = False
     """Whether the key of a frame chooses the queue."""
+    local: int = 0
+    """Of several queues without keys (a cluster): the first so many are read on this host and are taken first."""
+
+    @property
+    def choice(self) -> str:
+        """How a frame's queue is chosen: "only" one, by its "key", or "free": a local one that has room, else the one
+        with the most room."""
+        return "key" if self.keyed else "only" if len(self.queues) == 1 else "free"
 
 
 class WorkerPlan(msgspec.Struct, frozen=True):

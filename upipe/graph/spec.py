@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from upipe.settings import RestartPolicy, Settings
+from upipe.settings import DEFAULT_CPU, Place, RestartPolicy, Settings
 
 Kind = Literal["driver", "map", "source", "class", "entry"]
 """How a worker runs its code.
@@ -26,6 +26,9 @@ POLICIES: tuple[str, ...] = ("block", "drop_oldest", "latest")
 """What a full edge does: the producer waits, the oldest waiting frame goes, all but the newest go."""
 ON_ERROR: tuple[str, ...] = ("retry", "dead_letter", "fail")
 """What an exception in user code does: deliver again, set the frame aside at once, end the pipe."""
+
+HOW: tuple[str, ...] = ("pack", "spread")
+"""How the workers of a processor lie on a cluster; see settings.Place."""
 
 
 class ProcessorSpec(msgspec.Struct, frozen=True):
@@ -61,11 +64,20 @@ class ProcessorSpec(msgspec.Struct, frozen=True):
     """Seconds one frame may take before its worker is killed; None is no limit."""
     takes_config: bool = False
     """The code is called with the keyword ``config``."""
+    resources: tuple[tuple[str, float], ...] = ()
+    """What one worker takes of its node: cpu (cores), memory (bytes), gpu, or what nodes offer by other names."""
+    place: Place = Place()
+    """Which nodes of a cluster it may run on."""
 
     @property
     def most_workers(self) -> int:
         """Workers it can ever have at a time: `autoscale`, or `workers` without it."""
         return self.workers if self.autoscale is None else self.autoscale
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """`resources` with the default for the processor time."""
+        return {"cpu": DEFAULT_CPU, **dict(self.resources)}
 
 
 class EdgeSpec(msgspec.Struct, frozen=True):

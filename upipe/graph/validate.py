@@ -6,8 +6,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-from upipe.graph.spec import KINDS, ON_ERROR, POLICIES, EdgeSpec, PipeSpec, ProcessorSpec
-from upipe.settings import KIB, AutoscalePolicy, RestartPolicy, Settings
+from upipe.graph.spec import HOW, KINDS, ON_ERROR, POLICIES, EdgeSpec, PipeSpec, ProcessorSpec
+from upipe.settings import KIB, AutoscalePolicy, Place, RestartPolicy, Settings
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 NAME_RULE = "a letter, then up to 62 letters, digits, _ or -"
@@ -26,7 +26,7 @@ Problems = Iterator[str]
 def problems(spec: PipeSpec) -> list[str]:
     """List everything that keeps `spec` from running, in the order of declaration; empty when it is fine."""
     found: list[str] = []
-    for check in (_pipe, _settings, _names, _processors, _edges, _duplicate_edges, _cycles):
+    for check in (_pipe, _settings, _names, _processors, _places, _edges, _duplicate_edges, _cycles):
         found.extend(check(spec))
     return found
 
@@ -148,6 +148,68 @@ def _source(where: str, one: ProcessorSpec, edges: list[EdgeSpec]) -> Problems:
         )
 
 
+# -------------------------------------------------------------------------------------------------- places (a cluster)
+
+
+def _places(spec: PipeSpec) -> Problems:
+    known = set(_successors(spec))
+    wrong = False
+    for one in spec.processors:
+        where = f"processor {_show(one.name)}"
+        yield from _resources(where, one)
+        found = list(_place(where, one, known))
+        wrong = wrong or bool(found)
+        yield from found
+    if not wrong:
+        yield from _contradictions(spec)
+
+
+def _resources(where: str, one: ProcessorSpec) -> Problems:
+    for name, amount in one.resources:
+        if not _is_name(name):
+            yield f"{where}: resource {_show(name)}: invalid name; allowed is {NAME_RULE}"
+        elif not (_is_number(amount) and 0 <= amount < float("inf")):
+            yield f"{where}: resource {name!r} is {_show(amount)}; give an amount of at least 0"
+
+
+def _place(where: str, one: ProcessorSpec, known: set[str]) -> Problems:
+    place: Place = one.place
+    if not isinstance(place, Place):
+        yield f"{where}: place is {_show(place)}; give Place(...)"
+        return
+    fields = {name: getattr(place, name) for name in ("labels", "hosts", "near", "apart")}
+    for name, value in fields.items():
+        if not isinstance(value, (tuple, list)) or not all(isinstance(text, str) and text for text in value):
+            yield f"{where}: place.{name} is {_show(value)}; give a tuple of texts, such as {name}=('x',)"
+    yield from _choice(f"{where}: place.how", place.how, HOW)
+    for name in ("near", "apart"):
+        for other in fields[name] if isinstance(fields[name], (tuple, list)) else ():
+            if not _in(other, known):
+                yield f"{where}: place.{name}: the pipe has no processor {_show(other)}; add it, or correct the name"
+
+
+def _contradictions(spec: PipeSpec) -> Problems:
+    """Places that no cluster can give."""
+    by_name = {one.name: one for one in spec.processors if _is_text(one.name)}
+    for one in by_name.values():
+        where = f"processor {_show(one.name)}"
+        keys: dict[str, str] = {}
+        for label in one.place.labels:
+            key, told, value = label.partition("=")
+            if told and keys.setdefault(key, value) != value:
+                yield f"{where}: place.labels asks for {key}={keys[key]} and {key}={value} of one node; keep one"
+        for name in one.place.near:
+            other = by_name[name]
+            if name == one.name:
+                yield f"{where}: place.near names itself; leave it out, or use how='pack'"
+            elif name in one.place.apart or one.name in other.place.apart:
+                yield f"{where}: it shall run near {name!r} and apart from it; remove one of them"
+            elif one.place.hosts and other.place.hosts and not set(one.place.hosts) & set(other.place.hosts):
+                yield f"{where}: it shall run near {name!r}, but their place.hosts have no node in common; change one"
+    for path in _circles({name: [n for n in one.place.near if n != name] for name, one in by_name.items()}):
+        yield f"place.near goes in a circle, {' -> '.join(path)}; remove one of them (who leads names nobody)"
+
+
 # ------------------------------------------------------------------------------------------------------------- edges
 
 
@@ -184,7 +246,10 @@ def cycles(spec: PipeSpec) -> list[tuple[str, ...]]:
     There is one path for every edge that leads back in a depth-first walk in order of declaration: not every cycle,
     of which there may be exponentially many, but none is left once the last edge of each path is gone.
     """
-    after = _successors(spec)
+    return _circles(_successors(spec))
+
+
+def _circles(after: dict[str, list[str]]) -> list[tuple[str, ...]]:
     done: set[str] = set()
     found: list[tuple[str, ...]] = []
     for start in after:

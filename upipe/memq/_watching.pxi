@@ -203,6 +203,12 @@ cdef class Ring(Taker):
             "participants": len(set(pids)), "handles": len(pids),
         }
 
+    @property
+    def room(self):
+        """Bytes that no frame uses now. A hint: others write and finish meanwhile."""
+        self._mapped()
+        return self.r.capacity - (up_position(UP_LDA(&self.r.c.head)) - up_position(UP_LDA(&self.r.c.tail)))
+
     def in_flight(self):
         """Frames between their claim and their end: those that wait and those that somebody holds."""
         cdef up_books head, tail

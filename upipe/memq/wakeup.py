@@ -268,7 +268,7 @@ class PeerWatch:
     forked = _close
 
     def __del__(self) -> None:
-        if not self._epoll.closed:
+        if hasattr(self, "_mutex") and not self._epoll.closed:  # else a signal handler raised in __init__
             self._close()
 
 

@@ -1,10 +1,15 @@
 """A worker's ends of its queues: Inputs (fair over several) and Outputs (all or nothing over several).
 
 Both have a non-blocking try as the real operation; the blocking and the awaited forms wait around it.
+
+On a cluster the queues change while the worker runs. Another thread (the worker's control thread) hands the new ones
+over with rewire() and wakes whoever sleeps; the thread that receives or emits takes them at its next try. So nothing is
+changed under a loop that runs over it, and a try that finds nothing to attend to pays for one look at a flag.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -21,6 +26,9 @@ FOREVER = 1e18
 """Seconds, for the ring's own waits."""
 SPINS = 64
 """Tries before a task sleeps for a frame: some microseconds, where a sleep and its wake cost the two sides thirty."""
+
+CROWDED = 4
+"""A local queue with less than this part of it free lets frames go to other nodes."""
 
 
 class Ended(EndOfStream):
@@ -40,8 +48,15 @@ class Inputs:
 
     def __init__(self, rings: tuple[Ring, ...], sources: tuple[str, ...]) -> None:
         self.rings = list(rings)
-        """Those that have not ended."""
+        """Those that have not ended. Another list after a rewire, so that who waits sees it."""
         self.sources = dict(zip(rings, sources, strict=True))
+        self.attention = False
+        """It drains, or other queues were handed over: the next try looks."""
+        self._known = dict(self.sources)
+        """As the control thread handed them over; written and read by it alone."""
+        self._handed: dict[Ring, str] | None = None
+        self._left: list[Ring] = []
+        """Not read any more; who waits on them may still have to leave."""
         self.last: Any = None
         """The Ring that was read last; it holds the frame in hand, if there is one."""
         self.draining = False
@@ -65,7 +80,7 @@ class Inputs:
             EndOfStream: every input ended. FrameError: the frame that is held now cannot be read.
         """
         rings = self.rings
-        if len(rings) == 1 and not self.covering and not self.draining:
+        if len(rings) == 1 and not self.covering and not self.attention:
             self.last = ring = rings[0]
             found: tuple[bool, Any] | None = ring.receive(0.0)
             if found is not None:
@@ -76,8 +91,8 @@ class Inputs:
     def _try_each(self) -> tuple[bool, Any]:
         if not self.covering:
             self.finish()
-        if self.draining:
-            raise Ended("this worker drains")
+        if self.attention:
+            self._attend()
         for _ in range(len(self.rings)):
             self._turn = (self._turn + 1) % len(self.rings)  # the next one first: fair over the inputs
             self.last = ring = self.rings[self._turn]
@@ -92,25 +107,64 @@ class Inputs:
         self.before_sleep()
         return NOTHING
 
+    def _attend(self) -> None:
+        """Take the queues that were handed over. A drain comes after: what is here now is known to close()."""
+        self.attention = False
+        for ring in self.sources:
+            ring.interrupted = False  # before the look, so that what is handed over after it interrupts again
+        handed, self._handed = self._handed, None
+        if handed is not None:
+            self._adopt(handed)
+        if self.draining:
+            self.attention = True
+            raise Ended("this worker drains")
+
+    def _adopt(self, handed: dict[Ring, str]) -> None:
+        for ring in self._left:
+            ring.close()
+        self._left = [ring for ring in self.sources if ring not in handed]
+        rings = [ring for ring in self.rings if ring in handed]
+        self.rings = [*rings, *(ring for ring in handed if ring not in self.sources)]
+        self.sources = handed
+        self._turn = 0
+
+    def rewire(self, rings: dict[Ring, str]) -> None:
+        """From the control thread: read these from now on, by source. Their bells are made.
+
+        A queue that is not among them is left: it is empty and nobody writes into it. The end of one that is new has
+        not been seen, so this must come before the others end.
+        """
+        self._known = {**self._known, **rings}
+        self._handed = dict(rings)
+        self.attention = True
+        self._interrupt()
+        self.attention = True  # again: who attended meanwhile has been interrupted for nothing, and clears that
+        self._known = dict(rings)
+
     def receive(self, timeout: float | None = None) -> Any:
         """Wait for a value.
 
         Raises:
             TimeoutError, EndOfStream, FrameError.
         """
-        if len(self.rings) == 1 and not self.covering and not self.draining:
+        if len(self.rings) == 1 and not self.covering and not self.attention:
             self.last = ring = self.rings[0]
             found = ring.receive(FOREVER if timeout is None else timeout)
             if found is not None and found[0]:
                 return found[1]
             if found is not None and not ring.interrupted:
                 raise TimeoutError(f"no frame came within {timeout:g} s")
-        waiting = BlockingWait(tuple(self.rings), CONSUMER, timeout)
+        rings = self.rings
+        waiting = BlockingWait(tuple(rings), CONSUMER, timeout)
         try:
             while True:
                 found = self.try_receive()
                 if found[0]:
                     return found[1]
+                if rings is not self.rings:
+                    rings = self.rings
+                    waiting.leave()
+                    waiting = BlockingWait(tuple(rings), CONSUMER, _left(waiting.deadline))
                 if not waiting.sleep():
                     raise TimeoutError(f"no frame came within {timeout:g} s")
         finally:
@@ -130,12 +184,17 @@ class Inputs:
             if slept is not None and slept[0]:
                 return slept[1]
         deadline = _deadline(timeout)
-        waiting = AsyncWait(tuple(self.rings), CONSUMER)
+        rings = self.rings
+        waiting = AsyncWait(tuple(rings), CONSUMER)
         try:
             while await waiting.sleep(_left(deadline)):
                 found = self.try_receive()
                 if found[0]:
                     return found[1]
+                if rings is not self.rings:
+                    rings = self.rings
+                    waiting.leave()
+                    waiting = AsyncWait(tuple(rings), CONSUMER)
         finally:
             waiting.leave()
         raise TimeoutError(f"no frame came within {timeout:g} s")
@@ -153,33 +212,57 @@ class Inputs:
     def interrupt(self) -> None:
         """From another thread: end waits; the next receive raises EndOfStream."""
         self.draining = True
-        for ring in self.sources:
+        self.attention = True
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        for ring in self._known:
             ring.interrupted = True
             ring.bell(CONSUMER).ring_self()
 
     def close(self) -> None:
         """Finish what is held and leave all queues."""
         self.finish()
-        for ring in self.sources:
+        for ring in (*self.sources, *self._left):
             ring.close()
 
 
 class Output:
-    """One edge out: its queue, or one queue per partition."""
+    """One edge out: its queue; or one queue per partition; or several without keys, of which any will do."""
 
     def __init__(self, plan: OutputPlan, rings: tuple[Ring, ...], key: KeyFunction | None) -> None:
         self.target = plan.target
         self.producer = plan.producer
         self.rings = rings
         self.key = key
+        self.local = plan.local
+        self.free = key is None and len(rings) > 1
+        """The room decides which queue a frame goes to."""
+        self._turn = 0
 
-    def choose(self, value: Any) -> tuple[Ring, int]:
-        """The queue for a value, and the hash of its key (0 without keys)."""
+    def choose(self, value: Any, most: bool = False) -> tuple[Ring, int]:
+        """The queue for a value, and the hash of its key (0 without keys). most: the one with most room, wherever."""
         if self.key is None:
-            return self.rings[0], 0
+            return (self._roomy(most) if self.free else self.rings[0]), 0
         key: Hashable = self.key(value)
         hashed = key_hash(key)
         return self.rings[hashed % len(self.rings)], hashed
+
+    def _roomy(self, most: bool) -> Ring:
+        """A local queue while it has some room, since its frames need no network; else the one with most of it. Of
+        equals another one each time: an empty queue has as much room as the next, and both have idle readers."""
+        self._turn += 1
+        for rings in (() if most else self.rings[: self.local], self.rings):
+            at = self._turn % len(rings) if rings else 0
+            best = max((*rings[at:], *rings[:at]), key=_room, default=None)
+            if best is not None and (rings is self.rings or best.room >= best.capacity // CROWDED):
+                break
+        assert best is not None
+        return best
+
+
+def _room(ring: Ring) -> int:
+    return ring.room
 
 
 class Outputs:
@@ -192,26 +275,90 @@ class Outputs:
     """
 
     def __init__(self, edges: tuple[Output, ...], replies: Ring | None, inputs: Inputs | None = None) -> None:
-        self.edges = edges
         self.replies = replies
         self.inputs = inputs
-        self.draining = False
-        plain = len(edges) == 1 and edges[0].key is None
+        self.attention = False
+        """It drains, or other queues were handed over: the next try looks."""
+        self._draining = False
+        self._handed: tuple[Output, ...] | None = None
+        self._left: list[tuple[Ring, int]] = []
+        """Not written any more, with the producer id; closed at the end."""
+        self._use(edges)
+        self._known = self.rings()
+        """As the control thread handed them over; written and read by it alone."""
+
+    def _use(self, edges: tuple[Output, ...]) -> None:
+        self.edges = edges
+        plain = len(edges) == 1 and edges[0].key is None and not edges[0].free
         self.only: Ring | None = edges[0].rings[0] if plain else None
         """The queue of the commonest case: one edge without key."""
         self._single = self.only if plain and edges[0].target else None
         """The same when the pipe is not at its end, so that calls need no other way."""
+        self._free = any(edge.free for edge in edges)
+
+    @property
+    def draining(self) -> bool:
+        """Nothing more is taken, but for the frame in hand."""
+        return self._draining
+
+    @draining.setter
+    def draining(self, value: bool) -> None:
+        self._draining = value
+        self.attention = self.attention or value
 
     def try_send(self, value: Any, dtype: int = -1, execution: int = 0, to: str | None = None) -> bool:
         """True when the value is in every queue it belongs to; False without room."""
-        if self.draining:
-            self._drain()
+        if self.attention:
+            self._attend()
         if self._single is not None and to is None:
             return bool(self._single.send(value, dtype, 0.0, execution))
         if execution == 0 and self.only is not None and to is None:
             return bool(self.only.send(value, dtype))
         rings, keys = self._route(value, execution, to)
-        return fan_send(rings, value, dtype, execution, keys) if rings else True
+        if not rings or fan_send(rings, value, dtype, execution, keys):
+            return True
+        return self._free and self._try_others(rings, value, dtype, execution, to)
+
+    def _try_others(self, rings: tuple[Ring, ...], value: Any, dtype: int, execution: int, to: str | None) -> bool:
+        """A local queue had some room, and not enough for this value."""
+        others, keys = self._route(value, execution, to, True)
+        return others != rings and fan_send(others, value, dtype, execution, keys)
+
+    def _attend(self) -> None:
+        """Take the queues that were handed over; then drain, if that was asked for."""
+        self.attention = False
+        for ring in self.rings():
+            ring.interrupted = False  # before the look, so that what is handed over after it interrupts again
+        handed, self._handed = self._handed, None
+        if handed is not None:
+            self._adopt(handed)
+        if self._draining:
+            self.attention = True
+            self._drain()
+
+    def _adopt(self, handed: tuple[Output, ...]) -> None:
+        kept = {ring for edge in handed for ring in edge.rings}
+        left = [(ring, edge.producer) for edge in self.edges for ring in edge.rings if ring not in kept]
+        self._use(handed)
+        if threading.active_count() <= 2:  # this and the control thread; else another may be in the middle of an emit,
+            for ring, producer in left:  # and its frame must not come after the end: then that waits for close()
+                ring.close_producer(producer)
+        self._left += left
+
+    def rewire(self, edges: tuple[Output, ...]) -> None:
+        """From the control thread: emit into these from now on. Their bells are made."""
+        fresh = [ring for edge in edges for ring in edge.rings]
+        self._known = [*self._known, *fresh]
+        self._handed = edges
+        self.attention = True
+        self._interrupt()
+        self.attention = True  # see Inputs.rewire
+        self._known = fresh
+
+    def _interrupt(self) -> None:
+        for ring in self._known:
+            ring.interrupted = True
+            ring.bell(PRODUCER).ring_self()
 
     def _drain(self) -> None:
         if self.inputs is None or self.inputs.held is None:
@@ -219,7 +366,9 @@ class Outputs:
         for ring in self.rings():
             ring.interrupted = False  # what belongs to the frame in hand still goes out, and waits for room
 
-    def _route(self, value: Any, execution: int, to: str | None) -> tuple[tuple[Ring, ...], tuple[int, ...]]:
+    def _route(
+        self, value: Any, execution: int, to: str | None, most: bool = False
+    ) -> tuple[tuple[Ring, ...], tuple[int, ...]]:
         chosen = []
         for edge in self.edges:
             if to is not None and edge.target != to:
@@ -227,11 +376,19 @@ class Outputs:
             if execution and not edge.target and self.replies is not None:
                 chosen.append((self.replies, 0))  # the end of a call: to its caller, not to the sink
             else:
-                chosen.append(edge.choose(value))
+                chosen.append(edge.choose(value, most))
         if to is not None and not chosen:
             known = ", ".join(repr(edge.target) for edge in self.edges if edge.target) or "none"
             raise ValueError(f"no edge leads to {to!r}; edges lead to: {known}")
         return tuple(ring for ring, _ in chosen), tuple(key for _, key in chosen)
+
+    def _awaited(self, value: Any, execution: int, to: str | None) -> tuple[Ring, ...]:
+        """Where room is waited for: in every queue that may take the value."""
+        rings = self._route(value, execution, to)[0]
+        if not self._free:
+            return rings
+        more = [ring for edge in self.edges if edge.free and to in (None, edge.target) for ring in edge.rings]
+        return tuple(dict.fromkeys((*rings, *more)))
 
     def send(
         self, value: Any, dtype: int = -1, execution: int = 0, timeout: float | None = None, to: str | None = None
@@ -243,13 +400,18 @@ class Outputs:
         if single is not None and to is None:
             if single.send(value, dtype, FOREVER if timeout is None else timeout, execution):
                 return True
-            if not self.draining:
+            if not self.attention and not single.interrupted:
                 return False
-        waiting = BlockingWait(self._route(value, execution, to)[0], PRODUCER, timeout)
+        edges = self.edges
+        waiting = BlockingWait(self._awaited(value, execution, to), PRODUCER, timeout)
         try:
             while waiting.sleep():
                 if self.try_send(value, dtype, execution, to):
                     return True
+                if edges is not self.edges:
+                    edges = self.edges
+                    waiting.leave()
+                    waiting = BlockingWait(self._awaited(value, execution, to), PRODUCER, _left(waiting.deadline))
             return False
         finally:
             waiting.leave()
@@ -261,11 +423,16 @@ class Outputs:
         if self.try_send(value, dtype, execution, to):
             return True
         deadline = _deadline(timeout)
-        waiting = AsyncWait(self._route(value, execution, to)[0], PRODUCER)
+        edges = self.edges
+        waiting = AsyncWait(self._awaited(value, execution, to), PRODUCER)
         try:
             while await waiting.sleep(_left(deadline)):
                 if self.try_send(value, dtype, execution, to):
                     return True
+                if edges is not self.edges:
+                    edges = self.edges
+                    waiting.leave()
+                    waiting = AsyncWait(self._awaited(value, execution, to), PRODUCER)
             return self.try_send(value, dtype, execution, to)
         finally:
             waiting.leave()
@@ -281,16 +448,14 @@ class Outputs:
     def interrupt(self) -> None:
         """From another thread: end waits; the next send raises EndOfStream, unless a frame is in hand."""
         self.draining = True
-        for ring in self.rings():
-            ring.interrupted = True
-            ring.bell(PRODUCER).ring_self()
+        self._interrupt()
 
     def close(self, reply_producer: int | None = None) -> None:
         """Close this producer's end of stream on every queue and leave."""
-        for edge in self.edges:
-            for ring in edge.rings:
-                ring.close_producer(edge.producer)
-                ring.close()
+        ends = [(ring, edge.producer) for edge in self.edges for ring in edge.rings]
+        for ring, producer in (*ends, *self._left):
+            ring.close_producer(producer)
+            ring.close()
         if self.replies is not None:
             if reply_producer is not None:
                 self.replies.close_producer(reply_producer)

@@ -2,7 +2,7 @@
 
     supervisor -> server   Spawn                          (the worker's socket travels beside it)
     server -> supervisor   Spawned (with a pidfd), Refused, Exited, Paused
-    supervisor -> worker   Assignment, Drain
+    supervisor -> worker   Assignment, Rewire, Drain
     worker -> supervisor   Ready, Done, Raised, Buried
 
 All over SOCK_SEQPACKET socketpairs: one message a packet, and the end of the file is the death of the other side.
@@ -99,11 +99,22 @@ class Assignment(msgspec.Struct, frozen=True, tag=True):
     cwd: str
     frame_timeout: float | None = None
     """Seconds a frame may take; see Processor."""
+    rewires: bool = False
+    """Rewire may come (a cluster)."""
 
     @property
     def worker(self) -> str:
         """Name of the worker: processor#index."""
         return f"{self.processor}#{self.index}"
+
+
+class Rewire(msgspec.Struct, frozen=True, tag=True):
+    """Use these queues from now on, without a pause: those that are new, those that stay; others are left. Names as in
+    the Assignment. The whole truth, so that only the newest counts."""
+
+    inputs: tuple[str, ...]
+    sources: tuple[str, ...]
+    outputs: tuple[OutputPlan, ...]
 
 
 class Drain(msgspec.Struct, frozen=True, tag=True):
@@ -137,7 +148,7 @@ class Buried(msgspec.Struct, frozen=True, tag=True):
 
 ToServer = Spawn
 FromServer = Spawned | Refused | Exited | Paused
-ToWorker = Assignment | Drain
+ToWorker = Assignment | Rewire | Drain
 FromWorker = Ready | Done | Raised | Buried
 
 _encoder = msgspec.msgpack.Encoder()

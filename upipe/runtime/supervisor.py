@@ -145,8 +145,9 @@ class Supervisor:
         self.pipe.fire("start")
         commands: list[Command] = []
         for name in reversed(self.plan.order):
-            for index in range(self.crews[name].spec.workers):
-                commands += self._add(name, index)
+            for index in self._indices(name):
+                if index < self.crews[name].spec.workers:
+                    commands += self._add(name, index)
         return commands
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -209,6 +210,10 @@ class Supervisor:
             assert self.deadline() is None
 
     # -------------------------------------------------------------- workers
+
+    def _indices(self, processor: str) -> list[int]:
+        """The workers of a processor that this plan has: on a cluster not all of them."""
+        return sorted(index for name, index in self._plans if name == processor)
 
     def _add(self, processor: str, index: int) -> list[Command]:
         crew = self.crews[processor]
@@ -382,7 +387,7 @@ class Supervisor:
         step = crew.scaler.decide(now, len(active), event.used_share, event.oldest_age, event.waiting)
         if step > 0:
             taken = {slot.plan.index for slot in crew.slots if not slot.ended}
-            free = [index for index in range(crew.spec.most_workers) if index not in taken]
+            free = [index for index in self._indices(event.processor) if index not in taken]
             return self._add(event.processor, free[0]) if free else []
         if step < 0:
             running = [slot for slot in active if slot.machine.state == "running"]

@@ -16,15 +16,15 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from upipe.errors import EndOfStream, FrameCorrupt, FrameError, NotInWorker
+from upipe.errors import EndOfStream, FrameCorrupt, FrameError, NotInWorker, QueueError
 from upipe.frame import ERROR, REPLY, DType, register_type
 from upipe.graph.plan import OutputPlan
-from upipe.memq._ring import Way
+from upipe.memq._ring import Ring, Way
 from upipe.memq.queue import MemQ
 from upipe.runtime import messages
 from upipe.runtime.calls import CURRENT, Call
 from upipe.runtime.channels import FOREVER, Inputs, Output, Outputs
-from upipe.runtime.messages import Assignment, Buried, Done, Drain, Raised, Ready
+from upipe.runtime.messages import Assignment, Buried, Done, Drain, Raised, Ready, Rewire
 from upipe.runtime.spool import DeadLetter, bury
 from upipe.runtime.waits import CONSUMER, PRODUCER
 from upipe.runtime.worker_state import Told, describe, key_function, verdict
@@ -59,6 +59,8 @@ class Worker:
         """Direct: no call, drain, limit or checkpoints, so that frames need only their queue. Only ever closed."""
         self._calls = False
         """A frame of a call was seen."""
+        self._rings: dict[str, MemQ] = {}
+        """Queues it uses, by name; the control thread's own from when that runs."""
         self.inputs = Inputs(tuple(self._attach(name) for name in assignment.inputs), assignment.sources)
         edges = tuple(self._output(plan) for plan in assignment.outputs)
         self.replies = self._producer(assignment.replies, assignment.reply_producer)
@@ -70,12 +72,13 @@ class Worker:
         threading.Thread(target=self._listen, name="upipe-control", daemon=True).start()
 
     def _attach(self, name: str) -> MemQ:
-        return MemQ.attach(f"{self.assignment.session}/{name}")
+        ring = self._rings[name] = MemQ.attach(f"{self.assignment.session}/{name}")
+        return ring
 
     def _producer(self, name: str, number: int) -> MemQ:
-        ring = self._attach(name)
-        ring.use_producer(number, self.assignment.epoch)
-        return ring
+        if name not in self._rings:
+            self._attach(name).use_producer(number, self.assignment.epoch)
+        return self._rings[name]
 
     def _output(self, plan: OutputPlan) -> Output:
         key = self.bundle.keys.get(plan.target)
@@ -86,7 +89,7 @@ class Worker:
         """Before the control thread, which rings them: two threads must not make the same one."""
         for ring in self.inputs.rings:
             ring.bell(CONSUMER)
-        for ring in self.outputs.rings() if self.assignment.kind in SELF_DRIVEN else ():
+        for ring in self.outputs.rings() if self.assignment.kind in SELF_DRIVEN or self.assignment.rewires else ():
             ring.bell(PRODUCER)
 
     # ------------------------------------------------------------------ control
@@ -127,11 +130,36 @@ class Worker:
                 data = b""
             if not data:
                 os._exit(1)  # the supervisor is gone
-            if isinstance(messages.decode_to_worker(data), Drain):
-                self.way.direct = False
+            told = messages.decode_to_worker(data)
+            self.way.direct = False
+            if isinstance(told, Rewire):
+                self._rewire(told)
+            elif isinstance(told, Drain):
                 self.inputs.interrupt()
                 if self.assignment.kind in SELF_DRIVEN:
                     self.outputs.interrupt()
+
+    def _rewire(self, told: Rewire) -> None:
+        """In the control thread: attach to what is new, make its bells, hand it over.
+
+        Outputs first: what comes of a frame from a new input may go to the new outputs.
+        """
+        try:
+            edges = tuple(self._output(plan) for plan in told.outputs)
+            inputs: dict[Ring, str] = {}
+            for name, source in zip(told.inputs, told.sources, strict=True):
+                inputs[self._rings[name] if name in self._rings else self._attach(name)] = source
+        except QueueError:
+            return  # a queue that is gone again: a newer message is on its way
+        for edge in edges:
+            for ring in edge.rings:
+                ring.bell(PRODUCER)
+        for ring in inputs:
+            ring.bell(CONSUMER)
+        self.outputs.rewire(edges)
+        self.inputs.rewire(inputs)
+        used = {*told.inputs, *(name for plan in told.outputs for name in plan.queues), self.assignment.replies}
+        self._rings = {name: ring for name, ring in self._rings.items() if name in used}
 
     # ------------------------------------------------------------------ emitting
 

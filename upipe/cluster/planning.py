@@ -1,0 +1,265 @@
+"""What a pipe's record becomes, given what is known of its nodes. Pure: no epochs, no messages (ballot.py).
+
+A worker that shall run elsewhere moves in steps, each of them a record that counts: its plan says "leaving"; it
+finishes what it holds and ends; what it finished is told to the homes of its queues ("settled"); then its seat, and the
+lanes that only it read, are the new node's. A worker that was lost with its node is simply seated anew.
+
+What is done about the end of streams: see lanes.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from upipe.cluster.dealings import NodeReport, QueueState
+from upipe.cluster.lanes import Lane, Layout, Stream, prune, relay, streams
+from upipe.cluster.layout import NodePlan, node_plan
+from upipe.cluster.placement import Placement, Seat, Unplaceable, place
+from upipe.cluster.record import DRAINING, ENDED, MOST_MEMBERS, RUNNING, Books, Record
+from upipe.cluster.room import Node
+from upipe.graph.plan import ANY, PIPE, REPLIES, RESULTS
+
+_NOTHING = QueueState()
+
+
+class View(msgspec.Struct, frozen=True):
+    """What a coordinator knows."""
+
+    up: Mapping[str, Node]
+    """Agents that are alive."""
+    reports: Mapping[str, NodeReport]
+    """The newest of each keeper."""
+    client_gone: bool = False
+    changed: bool = True
+    """Agents came, went or changed since the last time: workers are placed anew."""
+
+
+class Planned(msgspec.Struct, frozen=True):
+    """The record as it should be (its order is not filled in), and what waits for room."""
+
+    record: Record
+    waiting: str | None = None
+    """What finds no room, for the user; None: as before."""
+
+
+def planned(record: Record, view: View) -> Planned:
+    """The next record; an equal one when there is nothing to do."""
+    if record.state in ENDED:
+        return Planned(record)
+    failed = tuple(one.failed for _, one in sorted(view.reports.items()) if one.failed)
+    if failed or view.client_gone:
+        state = "failed" if failed else "stopped"
+        reasons = failed or ("the process that submitted it is gone",)
+        return Planned(msgspec.structs.replace(record, state=state, reasons=reasons))
+    step = _Step(record, view)
+    step.note_ended()
+    step.evict()
+    step.place()
+    step.move()
+    step.prune()
+    step.close_ends()
+    step.complete()
+    step.choose_members()
+    return Planned(step.record, step.waiting)
+
+
+def plans(record: Record) -> dict[str, NodePlan | None]:
+    """What each node shall do for a record that counts; None: end everything. A client ends by itself."""
+    nodes = record.layout.nodes()
+    found: dict[str, NodePlan | None] = dict.fromkeys(record.evicted)
+    if record.state in ENDED:
+        return {**found, **dict.fromkeys(node for node in nodes if node != record.layout.client)}
+    leaving = tuple(f"{name}#{index}" for name, index in moving(record))
+    done = frozenset(one.name for one in record.spec.processors if _over(record, one.name))
+    for node in nodes:
+        found[node] = node_plan(
+            record.spec,
+            record.layout,
+            node,
+            record.fence,
+            leaving=leaving,
+            ends=frozenset(record.ends),
+            discards=done,
+            draining=record.state == DRAINING,
+        )
+    return found
+
+
+def moving(record: Record) -> list[Seat]:
+    """The workers that shall leave where they are."""
+    gone = set(record.ended)
+    return [seat for seat in record.layout.placement.moved(record.wanted) if seat not in gone]
+
+
+def _over(record: Record, processor: str) -> bool:
+    """Whether all workers of a processor have ended (those for autoscaling that have no seat need not)."""
+    ended, row = set(record.ended), record.layout.placement.seats.get(processor, ())
+    one = next(one for one in record.spec.processors if one.name == processor)
+    must = {(processor, index) for index, seat in enumerate(row) if seat or index < one.workers}
+    return must <= ended and len(row) >= one.workers
+
+
+class _Step:
+    """One pass over everything that may have changed."""
+
+    def __init__(self, record: Record, view: View) -> None:
+        self.before = self.record = record
+        self.view = view
+        self.waiting: str | None = None
+        self.fence = record.fence
+        here = {*record.layout.nodes(), *record.evicted} - {record.layout.client}
+        dead = {node for node, report in view.reports.items() if report.lost and node not in record.evicted}
+        self.lost = {node for node in here if node not in view.up or node in dead}
+        self.layout: Layout = record.layout
+
+    def _change(self, **fields: object) -> None:
+        self.record = msgspec.structs.replace(self.record, **fields)
+
+    def _report(self, node: str) -> NodeReport | None:
+        """What the keeper of a node says about the plan that counts; None while it follows an older one."""
+        report = self.view.reports.get(node)
+        return report if report is not None and report.fence >= self.fence else None
+
+    def _queue(self, node: str, name: str) -> QueueState:
+        report = self._report(node)
+        return _NOTHING if report is None else report.queues.get(name, _NOTHING)
+
+    # ------------------------------------------------------------------ workers
+
+    def note_ended(self) -> None:
+        placement = self.layout.placement
+        told = {
+            (name, index)
+            for node, report in self.view.reports.items()
+            if node not in self.record.evicted
+            for name, index in report.ended
+            if index in placement.indices(name, node)
+        }
+        self._change(ended=tuple(sorted({*self.record.ended, *told})))
+
+    def evict(self) -> None:
+        """The lost may still run what they had; those that came back have said that they do not."""
+        obeyed = {
+            node
+            for node, revision in self.record.evicted.items()
+            if (report := self.view.reports.get(node)) and not report.present and report.fence[1] >= revision
+        }
+        known = {node: since for node, since in self.record.evicted.items() if node not in obeyed}
+        fresh = sorted(self.lost & set(self.layout.nodes()) - set(known))
+        self._change(evicted={**known, **dict.fromkeys(fresh, self.record.revision + 1)})
+
+    def place(self) -> None:
+        before = self.before
+        same = before.evicted == self.record.evicted and before.ended == self.record.ended and not self.lost
+        if same and not self.view.changed:
+            return
+        self.waiting = ""
+        able = [node for name, node in self.view.up.items() if name not in self.record.evicted]
+        current = self.layout.placement.without(self.lost)
+        found = place(self.record.spec, able, current, self.record.ended)
+        if isinstance(found, Unplaceable):
+            self.waiting = found.told()
+            found = found.partial
+        self._change(wanted=found)
+
+    def move(self) -> None:
+        current, wanted = self.layout.placement.without(self.lost), self.record.wanted
+        rows = {}
+        for name, row in wanted.seats.items():
+            before = [*current.seats.get(name, ()), *[""] * len(row)]
+            rows[name] = tuple(self._seat(name, index, before[index], there) for index, there in enumerate(row))
+        placement = Placement(rows)
+        if placement != self.layout.placement or self.lost & set(self.layout.nodes()):
+            self.layout = relay(self.record.spec, self.layout, placement, self.lost)
+            self._change(layout=self.layout)
+
+    def _seat(self, name: str, index: int, here: str, there: str) -> str:
+        if not here or not there or here == there or (name, index) in self.record.ended:
+            return here or there
+        report = self._report(here)
+        gone = set(report.left if report else ())
+        if (name, index) not in gone:
+            return here
+        alone = all((name, other) in gone for other in self.layout.placement.indices(name, here))
+        read = [lane for lane in self.layout.lanes if lane.reader == here != lane.home]
+        mine = [lane for lane in read if self._read_by(lane, name, index, alone)]
+        return there if all(self._queue(here, lane.name).settled for lane in mine) else here
+
+    def _read_by(self, lane: Lane, name: str, index: int, alone: bool) -> bool:
+        """Whether nobody else on the worker's node reads the lane."""
+        target = next(one.target for one in streams(self.record.spec) if one.name == lane.stream)
+        return target == name and (alone if lane.partition < 0 else lane.partition == index)
+
+    # ------------------------------------------------------------------ queues
+
+    def prune(self) -> None:
+        closed = [lane for lane in self.layout.lanes if not lane.open and lane in self.record.layout.lanes]
+        states = {lane.name: self._queue(lane.home, lane.name) for lane in closed}
+        after = prune(self.layout, [name for name, state in states.items() if state.empty and state.left])
+        kept = {lane.name for lane in after.lanes}
+        books = dict(self.record.books)
+        for lane in self.layout.lanes:
+            if lane.name not in kept:
+                books[lane.stream] = books.get(lane.stream, Books()) + states[lane.name].books
+        self.layout = after
+        self._change(layout=after, books=books)
+
+    def close_ends(self) -> None:
+        ready = [one.name for one in streams(self.record.spec) if one.name not in self.record.ends and self._ready(one)]
+        self._change(ends=(*self.record.ends, *ready))
+
+    def _ready(self, stream: Stream) -> bool:
+        """Nobody writes it any more, and nothing is on its way (to the pipe: what is may be read after the end)."""
+        if stream.source == PIPE:
+            report = self._report(self.layout.client)
+            written = not self.layout.client or (report is not None and report.input_closed)
+        else:
+            written = all(_over(self.record, name) for name in self._writers(stream))
+        lanes = self.layout.of(stream.name)
+        if not written or (stream.target != PIPE and _over(self.record, stream.target)):
+            return written
+        if stream.target == PIPE:
+            return True
+        return lanes == self.record.layout.of(stream.name) and all(
+            self._queue(lane.home, lane.name).empty for lane in lanes
+        )
+
+    def _writers(self, stream: Stream) -> list[str]:
+        if stream.name == RESULTS:
+            return [one.name for one in self.record.spec.ends()]
+        return [one.name for one in self.record.spec.processors] if stream.source == ANY else [stream.source]
+
+    def complete(self) -> None:
+        """Every processor has ended everywhere, and what is for the pipe has reached it."""
+        if not all(_over(self.record, one.name) for one in self.record.spec.processors):
+            return
+        if not {RESULTS, REPLIES} <= set(self.record.ends):
+            return
+        left = [lane for name in (RESULTS, REPLIES) for lane in self.layout.of(name)]
+        if all(self._queue(lane.home, lane.name).settled for lane in left if lane.reader):
+            self._change(state="completed")
+
+    # ------------------------------------------------------------------ members
+
+    def choose_members(self) -> None:
+        """The living ones stay, others that live fill up; the dead go once that counts without them."""
+        alive = {*self.view.up, self.record.coordinator}
+        staying = [node for node in self.record.members if node in alive]
+        more = [node for node in sorted(self.view.up) if node not in staying and not self.view.up[node].draining]
+        self._change(members=tuple(sorted((*staying, *more[: max(0, MOST_MEMBERS - len(staying))]))))
+
+
+def totals(record: Record, reports: Iterable[NodeReport]) -> dict[str, Books]:
+    """The books of each stream, over all its queues there are and were."""
+    found = dict(record.books)
+    by_node = {report.node: report for report in reports}
+    for lane in record.layout.lanes:
+        report = by_node.get(lane.home)
+        if report is not None and lane.name in report.queues:
+            found[lane.stream] = found.get(lane.stream, Books()) + report.queues[lane.name].books
+    return found
+
+
+__all__ = ["DRAINING", "RUNNING", "Planned", "View", "moving", "planned", "plans", "totals"]

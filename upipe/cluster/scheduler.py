@@ -1,0 +1,250 @@
+"""The scheduler of one pipe in one agent, as a pure state machine: events and `now` in, commands out.
+
+    Heard  NodeUp  NodeDown  Reported  StopPipe  DrainPipe  Tick          dealings.py
+                 |
+             handle(event, now)            ballot.py: who coordinates, and which record counts
+                 |                         planning.py: what the record becomes
+    Save  Send  Arrange  TellClient
+
+Every member of a pipe has one. The coordinator turns what it knows into the next record, and tells the nodes what it
+says once it counts; the others keep the record, and take over when the coordinator is dead, in the order of their ids.
+A record that does not count (a coordinator on the small side of a cut) is said again and again, and nothing else
+happens there: workers and mirrors go on as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from upipe.cluster.ballot import CANDIDATE, COORDINATOR, MEMBER, Ballot
+from upipe.cluster.dealings import (
+    Arrange,
+    Command,
+    DrainPipe,
+    Event,
+    Heard,
+    NodeDown,
+    NodeReport,
+    NodeUp,
+    Reported,
+    StopPipe,
+    TellClient,
+)
+from upipe.cluster.lanes import lay_out
+from upipe.cluster.placement import Placement, Unplaceable, place
+from upipe.cluster.planning import View, planned, plans, totals
+from upipe.cluster.record import DRAINING, ENDED, MOST_MEMBERS, RUNNING, Record
+from upipe.cluster.room import Node
+from upipe.graph.spec import PipeSpec
+
+RESEND = 1.0
+"""Seconds after which what was not answered is said again. Shorter heals losses faster and talks more."""
+MOST_STEPS = 16
+"""Records in a row for one event, when nobody else has to be waited for."""
+STEP = 0.5
+"""Seconds between the candidates for a takeover: the first waits one of them, the next two. Longer than an answer
+takes, so that usually one is enough."""
+
+
+class Scheduler:
+    """One agent's part in one pipe.
+
+    Args:
+        me: its node id.
+        record: the newest it has (from disk, or a Replicate that it knew nothing of before).
+        promised, promised_to: as saved with it.
+    """
+
+    def __init__(self, me: str, record: Record, promised: int = 0, promised_to: str = "") -> None:
+        self.me = me
+        self.ballot = Ballot(me, record, promised, promised_to)
+        self.up: dict[str, Node] = {}
+        self.reports: dict[str, NodeReport] = {}
+        self.waiting = ""
+        """What finds no room."""
+        self._client_gone = False
+        self._changed = True
+        self._wish = ""
+        """A state that the user asked for and that the record does not have yet."""
+        self._arranged: tuple[int, int] | None = None
+        """Fence of the record that the nodes have been told of. Set only while coordinating."""
+        self._told: TellClient | None = None
+        self._resend_at: float | None = None
+        self._run_at: float | None = None
+
+    @classmethod
+    def submit(
+        cls, me: str, id: str, spec: PipeSpec, nodes: Iterable[Node], client: str, now: float  # noqa: A002
+    ) -> tuple[Scheduler, list[Command]] | Unplaceable:
+        """Begin to coordinate a new pipe, submitted to this agent.
+
+        Args:
+            id: unique in the cluster.
+            spec: valid, also for cluster_problems().
+            nodes: agents that are alive, this one among them.
+            client: node id of the submitting process; "" when it does not stay.
+
+        Returns:
+            The scheduler with its first commands, or why the pipe cannot run.
+        """
+        alive = sorted(nodes, key=lambda node: node.id)
+        found = place(spec, alive)
+        if isinstance(found, Unplaceable):
+            return found
+        others = [node.id for node in alive if node.id != me and not node.draining]
+        members = tuple(sorted((me, *others[: MOST_MEMBERS - 1])))
+        record = Record(id, spec, 1, 1, me, members, me, lay_out(spec, Placement(found.seats), client), wanted=found)
+        made = cls(me, record)
+        made.up = {node.id: node for node in alive}
+        made._changed = False
+        return made, [*made.ballot.begin(), *made._go_on(now)]
+
+    # ------------------------------------------------------------------ what it knows
+
+    @property
+    def record(self) -> Record:
+        """The newest record here: it may not count yet."""
+        return self.ballot.kept
+
+    @property
+    def coordinates(self) -> bool:
+        """Whether this agent is the pipe's coordinator, as far as it knows."""
+        return self.ballot.role == COORDINATOR
+
+    @property
+    def finished(self) -> bool:
+        """The pipe has ended, and no living node has anything of it left: the record can be forgotten."""
+        record = self.record
+        left = [node for node in plans(record) if node in self.up] if record.state in ENDED else [""]
+        known = [self.reports.get(node) for node in left]
+        return all(one is not None and not one.present and one.fence >= record.fence for one in known)
+
+    def deadline(self) -> float | None:
+        """When to call handle(Tick()) at the latest; None: not before the next event."""
+        return min((due for due in (self._resend_at, self._run_at) if due is not None), default=None)
+
+    # ------------------------------------------------------------------ events
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Follow one event."""
+        commands: list[Command] = []
+        if isinstance(event, Heard):
+            commands += self.ballot.hear(event.message)
+        elif isinstance(event, NodeUp):
+            self._changed = self._changed or self.up.get(event.node.id) != event.node
+            self.up[event.node.id] = event.node
+        elif isinstance(event, NodeDown):
+            self._down(event.node)
+        elif isinstance(event, Reported):
+            commands += self._reported(event.report)
+        elif isinstance(event, StopPipe):
+            self._wish = "stopped"
+        elif isinstance(event, DrainPipe):
+            self._wish = self._wish or DRAINING
+        return [*commands, *self._go_on(now)]
+
+    def _down(self, node: str) -> None:
+        self._client_gone = self._client_gone or (node != "" and node == self.record.layout.client)
+        self._changed = self.up.pop(node, None) is not None or self._changed
+
+    def _reported(self, report: NodeReport) -> list[Command]:
+        known = self.reports.get(report.node)
+        if known is not None and known.number >= report.number:
+            return []
+        self.reports[report.node] = report
+        counted = self.ballot.counted
+        if counted is None or not report.present or report.node in plans(counted):
+            return []
+        return [Arrange(report.node, counted.fence, None)]  # from a time that is over
+
+    # ------------------------------------------------------------------ going on
+
+    def _go_on(self, now: float) -> list[Command]:
+        commands = self._take_over(now)
+        if self.ballot.role != COORDINATOR:
+            self._arranged = self._told = None
+        else:
+            commands += self._lead()
+        return [*commands, *self._say_again(now)]
+
+    def _lead(self) -> list[Command]:
+        """Next records until one has to be waited for or there is nothing to do."""
+        commands: list[Command] = []
+        for _ in range(MOST_STEPS):
+            if self.ballot.pending:
+                break
+            commands += self._arrange()
+            view = View(self.up, self.reports, self._client_gone, self._changed)
+            found = planned(self._wished(self.record), view)
+            self._changed = False
+            self.waiting = self.waiting if found.waiting is None else found.waiting
+            if found.record == self.record:
+                return [*commands, *self._tell()]
+            commands += self.ballot.propose(found.record)
+        return commands
+
+    def _wished(self, record: Record) -> Record:
+        if record.state in ENDED or not self._wish or record.state == self._wish:
+            return record
+        if self._wish == DRAINING and record.state != RUNNING:
+            return record
+        return msgspec.structs.replace(record, state=self._wish)
+
+    def _arrange(self, behind: bool = False) -> list[Command]:
+        """Tell the nodes what a record says that counts: once, or those that are behind."""
+        record = self.record
+        if self._arranged == record.fence and not behind:
+            return []
+        self._arranged = record.fence
+        found = []
+        for node, plan in sorted(plans(record).items()):
+            report = self.reports.get(node)
+            if (node in self.up or node == record.layout.client) and (report is None or report.fence < record.fence):
+                found.append(Arrange(node, record.fence, plan))
+        return list(found)
+
+    def _tell(self) -> list[Command]:
+        record = self.record
+        books = totals(record, self.reports.values()) if record.state in ENDED else {}
+        told = TellClient(record.state, record.reasons, self.waiting, books)
+        if told == self._told or (self._told is not None and self._told.state in ENDED):
+            return []
+        self._told = told
+        return [told]
+
+    # ------------------------------------------------------------------ time
+
+    def _take_over(self, now: float) -> list[Command]:
+        """Run for the next epoch when nobody coordinates, after those with lower ids had their chance."""
+        ballot, record = self.ballot, self.record
+        wanted = ballot.role == CANDIDATE or (
+            ballot.role == MEMBER and (record.coordinator == self.me or record.coordinator not in self.up)
+        )
+        if not wanted or self.me not in ballot.kept.members:
+            self._run_at = None
+        elif self._run_at is None:
+            self._run_at = now + STEP * self._rank()
+        elif self._run_at <= now:
+            self._run_at = now + STEP * (self._rank() + len(record.members))
+            self._changed = True
+            return ballot.run()
+        return []
+
+    def _rank(self) -> int:
+        """1 for the first candidate: the coordinator that was, then the members that live by id."""
+        living = [node for node in self.record.members if node in self.up or node == self.me]
+        first = [node for node in living if node == self.record.coordinator]
+        return 1 + [*first, *(node for node in living if node not in first)].index(self.me)
+
+    def _say_again(self, now: float) -> list[Command]:
+        if self.ballot.role == MEMBER:
+            self._resend_at = None
+        elif self._resend_at is None:
+            self._resend_at = now + RESEND
+        elif self._resend_at <= now:
+            self._resend_at = now + RESEND
+            arranged = self._arrange(True) if self.ballot.role == COORDINATOR and not self.ballot.pending else []
+            return [*self.ballot.resend(), *arranged]
+        return []
