@@ -17,12 +17,16 @@
     |   |-- OutOfSharedMemory (OSError)       /dev/shm cannot hold the queue; nothing was created
     |   |-- TooManyParticipants               all participant slots of the queue are in use
     |   `-- QueueStuck      (TimeoutError)    another process holds a lock of the queue past the deadline
-    `-- PipeError                             about a running pipe
-        |-- NotInWorker                       Processor.connect() outside a worker
-        |-- IllegalTransition                 the call does not fit the state of the pipe; carries its history
-        |-- ProcessorError                    your code raised in a worker; carries the remote traceback
-        |-- PipeFailed                        the pipe gave up; carries the reasons
-        `-- CallTimeout     (TimeoutError)    no result for a call before its deadline
+    |-- PipeError                             about a running pipe
+    |   |-- NotInWorker                       Processor.connect() outside a worker
+    |   |-- IllegalTransition                 the call does not fit the state of the pipe; carries its history
+    |   |-- ProcessorError                    your code raised in a worker; carries the remote traceback
+    |   |-- PipeFailed                        the pipe gave up; carries the reasons
+    |   `-- CallTimeout     (TimeoutError)    no result for a call before its deadline
+    `-- ClusterError                          about nodes and what they say to each other
+        |-- AddressInvalid  (ValueError)      no address, seed, label or resource can be read from this text
+        |-- MessageInvalid  (ValueError)      a node sent what cannot be read; nothing was changed
+        `-- DataDirRefused  (OSError)         the agent's data directory cannot be used; says why
 
 A full or empty queue is no error of ours: MemQ raises queue.Full and queue.Empty, processors raise TimeoutError.
 """
@@ -178,3 +182,19 @@ class PipeFailed(PipeError):
 
 class CallTimeout(PipeError, TimeoutError):
     """No result came back for a call before its deadline; the frame itself goes on."""
+
+
+class ClusterError(UpipeError):
+    """Something about nodes and what they say to each other."""
+
+
+class AddressInvalid(ClusterError, ValueError):
+    """A text that should be an address, a seed, a label or a resource is none; says what it should look like."""
+
+
+class MessageInvalid(ClusterError, ValueError):
+    """A message of another node is malformed or too large; nothing was changed."""
+
+
+class DataDirRefused(ClusterError, OSError):
+    """The data directory of the agent belongs to someone else, is in use, or holds what cannot be read."""

@@ -1,1 +1,1 @@
-"""The cluster layer: not built yet."""
+"""Many hosts: agents that find each other, place pipes, and mirror queues."""
