@@ -51,6 +51,8 @@ class Host:
     reachable: bool = True
     """False: the machine is off, dials time out; True without membership: they are refused."""
     paused_until: float = 0.0
+    awake_since: float = 0.0
+    """Since when it runs without a pause."""
     crashed_at: float | None = None
     up: set[str] = field(default_factory=set)
     """Node ids after NodeUp and before NodeDown or NodeLeft."""
@@ -91,6 +93,7 @@ class World:
         host.info = replace(host.info, incarnation=life << 32, **changes)
         host.membership = Membership(host.info, self.timing, random.Random(self.rng.getrandbits(32)))
         host.up, host.log, host.crashed_at, host.reachable = set(), [], None, True
+        host.ticking, host.paused_until, host.awake_since = None, 0.0, self.now
         self.handle(host, ev.Tick())
         for other in self.hosts if hints else []:
             if other is not host:
@@ -116,7 +119,8 @@ class World:
 
     def pause(self, index: int, seconds: float) -> None:
         """SIGSTOP: what arrives waits, and timers come late."""
-        self.hosts[index].paused_until = self.now + seconds
+        host = self.hosts[index]
+        host.paused_until = host.awake_since = max(host.paused_until, self.now + seconds)
 
     def cut(self, source: int, target: int) -> None:
         self.network.cuts.add((source, target))

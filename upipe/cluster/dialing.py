@@ -61,6 +61,8 @@ class Dialer:
             if self._room():
                 self._targets[address] = Target(address, node_id, source, now)
             return
+        if self._given_up(target):
+            target.failures -= 1  # one more try, when its longest wait is over
         if source in KNOWN or not target.known:
             target.node_id = node_id or target.node_id
         if source == "seed" or (source in KNOWN and not target.known):
@@ -89,8 +91,6 @@ class Dialer:
         wait = longest if for_good else self._timing.redial_first * 2.0 ** min(target.failures, 32)
         target.failures += 1
         target.dialling, target.due = False, now + min(longest, wait)
-        if not target.known and target.failures >= self._timing.hint_tries:
-            del self._targets[address]
 
     def proved(self, address: Address, node_id: str, now: float) -> None:
         """A member answered there."""
@@ -130,7 +130,12 @@ class Dialer:
         assert sum(target.dialling for target in self._targets.values()) <= self._timing.dials
 
     def _waits(self, target: Target) -> bool:
-        return not target.dialling and not (target.node_id and self._connected(target.node_id))
+        if target.dialling or self._given_up(target):
+            return False
+        return not (target.node_id and self._connected(target.node_id))
+
+    def _given_up(self, target: Target) -> bool:
+        return not target.known and not target.dialling and target.failures >= self._timing.hint_tries
 
     def _room(self) -> bool:
         if len(self._targets) < self._timing.addresses:

@@ -51,8 +51,12 @@ class Member:
     """When it dies unless it objects. Set exactly while it is suspect."""
     why: str = ""
     """What made it suspect, for people."""
+    heard: float = -math.inf
+    """When it last spoke to us itself."""
     behind: bool = False
     """It spoke with a lower incarnation than the one we hold: it has not heard of its own later life."""
+    charged: bool = False
+    """Others suspect it and we, who hear from it, do not. Only while it is alive."""
     synced: float = -math.inf
     """When it was last sent the whole list."""
 
@@ -69,7 +73,7 @@ class Member:
     @property
     def accused(self) -> bool:
         """Whether something is held against it that only it can set right: every message to it says so."""
-        return self.behind or self.state in ("suspect", "dead")
+        return self.behind or self.charged or self.state in ("suspect", "dead")
 
     @property
     def addresses(self) -> tuple[Address, ...]:
@@ -83,10 +87,15 @@ class Member:
         state = {"joining": "alive", "alive": "alive", "suspect": "suspect", "dead": "dead", "left": "left"}
         return Rumour(self.info, state[self.state])
 
+    def charge(self) -> Rumour:
+        """What it should know that is said of it."""
+        return Rumour(self.info, "suspect") if self.charged else self.rumour()
+
     def validate(self) -> None:
         """Assert the invariants that stand beside the fields (for tests)."""
         assert (self.dead_at is not None) == (self.state == "suspect"), self
         assert not self.live or self.met > 0, self
+        assert not self.charged or self.state == "alive", self
         assert self.met <= self.info.life, self
 
 

@@ -136,7 +136,7 @@ class Membership:
         rumours = [self._members[one].rumour() for one in picked if one != to and one in self._members]
         receiver = self._members.get(to)
         if receiver is not None and receiver.accused:  # first: it must hear this, however much is cut off
-            rumours.insert(0, receiver.rumour())
+            rumours.insert(0, receiver.charge())
         return Gossip(self.info, self._digest(), tuple(rumours[:MAX_MEMBERS]))
 
     def members(self) -> tuple[Member, ...]:
@@ -253,12 +253,12 @@ class Membership:
         if address is not None:
             member.contact = address
             self._dialer.proved(address, info.node_id, now)
-        held = member.info.incarnation
+        member.heard, held = now, member.info.incarnation
         member.behind = info.incarnation < held
         if member.behind or (info.incarnation == held and member.state in ("suspect", "dead")):
             if self._prober.wants(info.node_id, now):  # it does not know what is held against it: tell it
                 self._ping(member, now)
-        elif info.incarnation > held or (member.met < info.life and member.state != "left"):
+        elif info.incarnation > held or member.state == "joining" or (member.live and member.met < info.life):
             self._proved(member, info, now)
         elif member.state == "alive":
             member.info = info
@@ -293,6 +293,10 @@ class Membership:
             return
         if rumour.state == "left":
             self._leave(member, info, now)
+        elif member.state == "alive" and now - member.heard <= self._timing.fresh:
+            member.charged = True  # we know better; it must object to the others, and hears of it from us
+            if self._prober.wants(info.node_id, now):
+                self._ping(member, now)
         elif rumour.state == "suspect":
             if member.state == "alive":
                 self._doubt(member, "another member gets no answer from it", self._timing.suspicion, now)
@@ -365,7 +369,7 @@ class Membership:
     def _move(self, member: Member, event: str, info: NodeInfo, now: float) -> None:
         before = member.state
         member.machine.fire(event)
-        member.info, member.behind = info, False
+        member.info, member.behind, member.charged = info, False, False
         if member.state != before:
             member.since = now
         if member.state != "suspect":
@@ -450,7 +454,7 @@ class Membership:
         gossip = self.gossip(via)
         if not member.accused or any(one.info.node_id == member.info.node_id for one in gossip.rumours):
             return gossip
-        return replace(gossip, rumours=(member.rumour(), *gossip.rumours))
+        return replace(gossip, rumours=(member.charge(), *gossip.rumours))
 
     def _ping(self, member: Member, now: float) -> None:
         node_id = member.info.node_id

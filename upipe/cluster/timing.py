@@ -26,6 +26,9 @@ class Timing(msgspec.Struct, frozen=True):
     machine swapping): ``relay_timeout + suspicion`` and more. Longer spares the slow and keeps work waiting for the dead."""
     rumour_grace: float = 0.5
     """Seconds left to a node that another member holds dead: nobody dies of hearsay without the chance to object."""
+    fresh: float = 1.0
+    """Seconds for which having heard from a node weighs more than what others hold against it. ``ping_interval +
+    ping_timeout``: then only its watchers judge by themselves, and one member with bad links makes no stir."""
     watchers: int = 6
     """How many members ping one node: up to watchers + 1 nodes everybody watches everybody. When all watchers of a node
     die at the same moment as it does, its death is found one ``detection`` later, by the next ones."""
@@ -53,7 +56,7 @@ class Timing(msgspec.Struct, frozen=True):
     redial_hint: float = 60.0
     """Longest wait in seconds between two dials of an address that only an advertisement named."""
     hint_tries: int = 8
-    """Failures after which such an address is forgotten, until it is advertised again."""
+    """Failures after which such an address is dialled only when it is advertised again, and once each time."""
     addresses: int = 512
     """Most addresses remembered. When full, the advertised one with the most failures goes, seeds never."""
     forget: float = 24 * 3600.0
