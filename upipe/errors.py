@@ -24,7 +24,7 @@
     |   |-- PipeFailed                        the pipe gave up; carries the reasons
     |   `-- CallTimeout     (TimeoutError)    no result for a call before its deadline
     `-- ClusterError                          about nodes and what they say to each other
-        |-- AddressInvalid  (ValueError)      no address, seed, label or resource can be read from this text
+        |-- OptionInvalid   (ValueError)      what you wrote for an address, seed, label or resource cannot be read
         |-- MessageInvalid  (ValueError)      a node sent what cannot be read; nothing was changed
         `-- DataDirRefused  (OSError)         the agent's data directory cannot be used; says why
 
@@ -188,8 +188,8 @@ class ClusterError(UpipeError):
     """Something about nodes and what they say to each other."""
 
 
-class AddressInvalid(ClusterError, ValueError):
-    """A text that should be an address, a seed, a label or a resource is none; says what it should look like."""
+class OptionInvalid(ClusterError, ValueError):
+    """What was written for an address, a seed, a label or a resource is none; says what it should look like."""
 
 
 class MessageInvalid(ClusterError, ValueError):

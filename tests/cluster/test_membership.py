@@ -298,7 +298,8 @@ def test_repeating_a_dead_hint_dials_no_more_often() -> None:
             assert isinstance(command, ev.Connect)
             dials.append(now)
             membership.handle(ev.DialFailed(address, "refused"), now)
-    assert len(dials) <= 8 + now / Timing().redial_hint
+    longest = Timing().redial_first * 2 ** (Timing().hint_tries - 1)
+    assert len(dials) <= Timing().hint_tries + now / longest
     assert all(later - earlier >= Timing().redial_first for earlier, later in itertools.pairwise(dials))
 
 

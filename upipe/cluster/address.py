@@ -10,7 +10,7 @@ import re
 
 import msgspec
 
-from upipe.errors import AddressInvalid
+from upipe.errors import OptionInvalid
 
 DEFAULT_PORT = 7420
 """Port of an agent unless told otherwise."""
@@ -38,7 +38,7 @@ def parse(text: str, default_port: int = DEFAULT_PORT) -> Address:
     """Read HOST, HOST:PORT or [IPV6]:PORT.
 
     Raises:
-        AddressInvalid: names the text and the forms that are understood.
+        OptionInvalid: names the text and the forms that are understood.
     """
     host, port = _split(text.strip(), default_port, text)
     if not _is_ip(host) and not (_NAME.fullmatch(host) and len(host) <= _LONGEST_NAME):
@@ -74,5 +74,5 @@ def _is_ip(host: str) -> bool:
     return True
 
 
-def _refusal(text: str, why: str) -> AddressInvalid:
-    return AddressInvalid(f"{text!r} is no address: {why}; write HOST:PORT, 10.0.0.1:7420 or [fd00::1]:7420")
+def _refusal(text: str, why: str) -> OptionInvalid:
+    return OptionInvalid(f"{text!r} is no address: {why}; write HOST:PORT, 10.0.0.1:7420 or [fd00::1]:7420")
