@@ -466,7 +466,9 @@ def nobody_uses_the_dead(world: World) -> None:
             continue
         for host in world.running:
             if host.awake_since <= dead.crashed_at and dead.info.node_id in host.up:
-                raise AssertionError(f"{world.now - dead.crashed_at:.2f} s after its crash {dead.index} is up at {host.index}")
+                raise AssertionError(
+                    f"{world.now - dead.crashed_at:.2f} s after its crash {dead.index} is up at {host.index}"
+                )
 
 
 def settle(world: World) -> None:

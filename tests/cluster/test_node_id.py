@@ -83,7 +83,9 @@ def test_what_is_no_directory_is_refused(tmp_path: Path, make: str) -> None:
         DataDir(path)
 
 
-@pytest.mark.parametrize(("name", "text"), [("node_id", "../../etc"), ("node_id", ""), ("life", "-1"), ("life", "9" * 30)])
+@pytest.mark.parametrize(
+    ("name", "text"), [("node_id", "../../etc"), ("node_id", ""), ("life", "-1"), ("life", "9" * 30)]
+)
 def test_rubbish_is_refused_with_what_to_do(tmp_path: Path, name: str, text: str) -> None:
     with DataDir(tmp_path / "data") as data:
         data.identity()
@@ -92,7 +94,9 @@ def test_rubbish_is_refused_with_what_to_do(tmp_path: Path, name: str, text: str
             data.identity()
 
 
-def test_a_crash_between_write_and_rename_leaves_the_old_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_between_write_and_rename_leaves_the_old_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with DataDir(tmp_path / "data") as data:
         data.identity()
         with monkeypatch.context() as patched:

@@ -1,6 +1,6 @@
 """Where a node listens: host and port, as users write it and as it is shown. Pure.
 
-    node-a:7420      10.0.0.1:7420      [fd00::1]:7420      [fe80::1%eth0]:7420      node-a (the default port)
+node-a:7420      10.0.0.1:7420      [fd00::1]:7420      [fe80::1%eth0]:7420      node-a (the default port)
 """
 
 from __future__ import annotations

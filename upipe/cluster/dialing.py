@@ -108,7 +108,9 @@ class Dialer:
 
     def forget(self, node_id: str) -> None:
         """Remove the addresses of a node that left or is forgotten; seeds stay and are asked again."""
-        for address in [one.address for one in self._targets.values() if one.node_id == node_id and one.source != "seed"]:
+        for address in [
+            one.address for one in self._targets.values() if one.node_id == node_id and one.source != "seed"
+        ]:
             del self._targets[address]
 
     def postpone(self, seconds: float) -> None:

@@ -111,7 +111,17 @@ class Tick:
 
 
 Event = (
-    Seen | Proven | DialFailed | PingAnswered | PingFailed | MembersHeard | LeftProperly | OwnChanged | OwnDrain | OwnLeave | Tick
+    Seen
+    | Proven
+    | DialFailed
+    | PingAnswered
+    | PingFailed
+    | MembersHeard
+    | LeftProperly
+    | OwnChanged
+    | OwnDrain
+    | OwnLeave
+    | Tick
 )
 
 # ---------------------------------------------------------------- commands
@@ -236,4 +246,3 @@ Command = (
     | NodeLeft
     | Tell
 )
-

@@ -173,7 +173,9 @@ class Membership:
             seen = replace(self.info, node_id=hint.node_id or "0" * 16, protocol=hint.protocol, version="", hosts=())
             self._refuse(seen)
             return
-        claim = "" if hint.node_id == self.info.node_id else hint.node_id  # our own id elsewhere: a copied data directory
+        claim = (
+            "" if hint.node_id == self.info.node_id else hint.node_id
+        )  # our own id elsewhere: a copied data directory
         for address in hint.addresses:
             if address not in self.info.addresses:
                 self._dialer.seen(address, claim, hint.source, now)
@@ -382,7 +384,9 @@ class Membership:
         if len(self._members) >= MAX_MEMBERS:
             gone = [one for one in self._members.values() if one.state in GONE]
             if not gone:
-                self._tell("cluster-full", f"node {info.node_id} is left out: this cluster has {MAX_MEMBERS} nodes, the most")
+                self._tell(
+                    "cluster-full", f"node {info.node_id} is left out: this cluster has {MAX_MEMBERS} nodes, the most"
+                )
                 return None
             self._forget(min(gone, key=lambda one: one.since))
         member = Member(info, Machine(MEMBER, "joining", f"node {info.node_id}"), now)
@@ -410,7 +414,9 @@ class Membership:
             return
         if now - member.synced >= self._timing.sync_interval:
             member.synced = now
-            self._out.append(Spread(member.info.node_id, member.addresses, self.gossip(member.info.node_id, whole=True)))
+            self._out.append(
+                Spread(member.info.node_id, member.addresses, self.gossip(member.info.node_id, whole=True))
+            )
 
     # -------------------------------------------------------------- time
 

@@ -29,7 +29,7 @@ MAX_INCARNATION = (1 << 62) - 1
 MAX_HOSTS = 16
 """Most addresses that a node tells of itself."""
 
-NodeId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}$")]
+NodeId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}$", max_length=16)]
 """16 hexadecimal digits, made at the first start of an agent."""
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Text = Annotated[str, msgspec.Meta(max_length=256)]

@@ -68,7 +68,9 @@ class DataDir:
         except OSError as error:
             if isinstance(error, DataDirRefused):
                 raise
-            raise DataDirRefused(f"the data directory {path} cannot be used: {error}; choose another with --data-dir") from None
+            raise DataDirRefused(
+                f"the data directory {path} cannot be used: {error}; choose another with --data-dir"
+            ) from None
 
     def identity(self) -> Identity:
         """Who we are; each call begins a new life, on disk before it returns.
@@ -86,7 +88,9 @@ class DataDir:
         except OSError as error:
             if isinstance(error, DataDirRefused):
                 raise
-            raise DataDirRefused(f"{self.path} cannot be written: {error}; make room or choose another --data-dir") from None
+            raise DataDirRefused(
+                f"{self.path} cannot be written: {error}; make room or choose another --data-dir"
+            ) from None
         return Identity(node_id, life)
 
     def outlive(self, life: int) -> None:
