@@ -9,8 +9,9 @@
 The bridge lives in a namespace of its own, so that nothing outside is touched, and deleting the namespaces deletes all.
 After kill -9 of a test the next Lan sweeps what it left: the names carry the owner's pid and start time.
 
-A one-way cut needs no packet filter (not every kernel has one): the sender gets a permanent neighbour entry with the MAC
-of nobody, so that its packets are lost on the wire without a word, as a filter's DROP would. Multicast still passes.
+A one-way cut needs no packet filter (not every kernel has one): the sender gets a permanent neighbour entry with the
+MAC of nobody, so that its packets are lost on the wire without a word, as a filter's DROP would. Multicast still
+passes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A network of membership machines in simulated time: losses, delays, duplicates, one-way cuts, crashes, pauses.
 
-It plays the shell: commands become messages, messages become events at the other end. Nobody's clock shows the same. All
-randomness comes from one seed, so that a history repeats.
+It plays the shell: commands become messages, messages become events at the other end. Nobody's clock shows the same.
+All randomness comes from one seed, so that a history repeats.
 """
 
 from __future__ import annotations

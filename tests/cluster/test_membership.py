@@ -1,4 +1,5 @@
-"""Membership in simulated time: named situations, then random histories with the invariants checked after every event."""
+"""Membership in simulated time: named situations, then random histories with the invariants checked after every
+event."""
 
 from __future__ import annotations
 
@@ -481,7 +482,7 @@ def settle(world: World) -> None:
     quiet = world.now
     world.run(5.0)
     assert world.agreed()
-    assert not [one for one in downs(world, quiet)]
+    assert not list(downs(world, quiet))
     assert not [one for one in world.told(ev.NodeSuspect) if one[0] > quiet]
 
 

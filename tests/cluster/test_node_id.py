@@ -46,9 +46,8 @@ def test_a_life_that_others_have_seen_is_not_lived_again(tmp_path: Path) -> None
 
 
 def test_two_agents_do_not_share_a_directory(tmp_path: Path) -> None:
-    with DataDir(tmp_path / "data"):
-        with pytest.raises(DataDirRefused, match=rf"another agent \(pid {os.getpid()}\)"):
-            DataDir(tmp_path / "data")
+    with DataDir(tmp_path / "data"), pytest.raises(DataDirRefused, match=rf"another agent \(pid {os.getpid()}\)"):
+        DataDir(tmp_path / "data")
     with DataDir(tmp_path / "data") as again:
         again.close()
         again.close()

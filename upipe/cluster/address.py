@@ -20,7 +20,7 @@ _LONGEST_NAME = 253  # RFC 1035
 
 
 class Address(msgspec.Struct, frozen=True, order=True):
-    """One place to dial: an IP address (IPv6 without brackets, link-local ones with %zone) or a host name, and a port."""
+    """One place to dial. host: an IP address (IPv6 without brackets, link-local ones with %zone) or a name."""
 
     host: str
     port: int

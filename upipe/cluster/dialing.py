@@ -1,7 +1,7 @@
 """Which addresses to dial, and when: a bounded table with a back-off for each. Pure.
 
-An address is only a place where a member may be. What an advertisement claims of it is used to save work (a claimed node
-that we are connected with is not dialled) and for nothing else: identity comes from the handshake.
+An address is only a place where a member may be. What an advertisement claims of it is used to save work (a claimed
+node that we are connected with is not dialled) and for nothing else: identity comes from the handshake.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Dialer:
             target.source = source
 
     def due(self, now: float) -> list[Address]:
-        """Addresses to dial now, marked as being dialled; known ones first. Dials that were never reported back failed."""
+        """Addresses to dial now, known ones first, and mark them. Dials that were never reported back failed."""
         for target in list(self._targets.values()):
             if target.dialling and target.due <= now:
                 self.failed(target.address, now)

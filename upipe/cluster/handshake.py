@@ -1,4 +1,4 @@
-"""Who may join: the checks of a Join that need no cryptography, as one pure function with a sentence for each refusal."""
+"""Who may join: the checks of a Join that need no cryptography. Pure, with a sentence for each refusal."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ def judge(own: NodeInfo, other: NodeInfo) -> Refused | None:
     if other.cluster != own.cluster:
         return Refused(
             "cluster-name",
-            f"node {other.node_id} at {_where(other)} belongs to cluster {other.cluster!r}, this node to {own.cluster!r}; "
-            "give both the same --cluster, or remove it from --join",
+            f"node {other.node_id} at {_where(other)} belongs to cluster {other.cluster!r}, this node to "
+            f"{own.cluster!r}; give both the same --cluster, or remove it from --join",
         )
     if other.protocol != own.protocol:
         older = other if other.protocol < own.protocol else own
         return Refused(
             "protocol-version",
-            f"node {other.node_id} at {_where(other)} runs uPipe {other.version or 'unknown'} (protocol {other.protocol}), "
-            f"this node {own.version or 'unknown'} (protocol {own.protocol}); update node {older.node_id}",
+            f"node {other.node_id} at {_where(other)} runs uPipe {_version(other)}, this node {_version(own)}; "
+            f"update node {older.node_id}",
         )
     if other.node_id == own.node_id and not _same(own, other):
         return Refused(
             "node-id-taken",
-            f"another agent at {_where(other)} runs under our node id {own.node_id}: a data directory was copied; stop one of "
-            "the two and remove node_id and life from its --data-dir",
+            f"another agent at {_where(other)} runs under our node id {own.node_id}: a data directory was copied; "
+            "stop one of the two and remove node_id and life from its --data-dir",
         )
     return None
 
@@ -32,6 +32,10 @@ def judge(own: NodeInfo, other: NodeInfo) -> Refused | None:
 def _same(own: NodeInfo, other: NodeInfo) -> bool:
     """Whether it is really us (we dialled ourselves): a cloned machine has our id, and often our life too."""
     return other.life == own.life and other.port == own.port and bool(set(other.hosts) & set(own.hosts))
+
+
+def _version(info: NodeInfo) -> str:
+    return f"{info.version or 'of unknown version'} (protocol {info.protocol})"
 
 
 def _where(info: NodeInfo) -> str:

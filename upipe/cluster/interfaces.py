@@ -20,7 +20,7 @@ _RTMGRP_LINK, _RTMGRP_IPV4_IFADDR, _RTMGRP_IPV6_IFADDR = 0x1, 0x10, 0x100
 
 
 def reachable_at(host: str) -> tuple[str, ...]:
-    """The addresses to tell others when an agent listens on `host`: itself, or for a wildcard every address of the machine.
+    """The addresses to tell others when an agent listens on `host`: itself, or all of the machine for a wildcard.
 
     Loopback and link-local addresses mean another machine elsewhere; they are told only when there is nothing else.
     """

@@ -24,9 +24,10 @@ MEMBER: Final[Table] = {
     "dead": {"prove": "alive", "hear": "joining", "die": "dead", "leave": "left"},
     "left": {"prove": "alive", "hear": "joining", "die": "left", "leave": "left"},
 }
-"""``prove``: it spoke to us itself over a proven connection, newer than what we hold; ``hear``: a member tells of a newer
-incarnation; ``doubt``: it answers neither us nor through others; ``die``: it did not object in time; ``leave``: it said
-good-bye. joining: members hold it alive, we have not met it yet. alive cannot die at once: it is suspect first."""
+"""``prove``: it spoke to us itself over a proven connection, newer than what we hold; ``hear``: a member tells of a
+newer incarnation; ``doubt``: it answers neither us nor through others; ``die``: it did not object in time; ``leave``:
+it said good-bye. joining: members hold it alive, we have not met it yet. alive cannot die at once: it is suspect
+first."""
 
 LIVE: Final = frozenset({"alive", "suspect"})
 """The states in which it is used: from NodeUp to NodeDown or NodeLeft."""

@@ -90,7 +90,7 @@ class LeftProperly:
 
 @dataclass(frozen=True)
 class OwnChanged:
-    """What we tell of ourselves changed (addresses, labels, resources, load). incarnation and draining are ours to set."""
+    """What we tell of ourselves changed (addresses, labels, load). Its incarnation and draining are not taken."""
 
     info: NodeInfo
 

@@ -62,7 +62,7 @@ class Resources(msgspec.Struct, frozen=True):
 
 
 class NodeInfo(msgspec.Struct, frozen=True):
-    """A node as it tells of itself. Newer information has a higher incarnation, except load, which is as of the telling."""
+    """A node as it tells of itself. What is newer has a higher incarnation; load is as of the telling."""
 
     node_id: NodeId
     cluster: Name

@@ -1,7 +1,8 @@
 """Does multicast work here? For `upipe doctor`, and for an agent that wonders why nobody finds it.
 
-From one machine only half of it can be seen: that interfaces do multicast and the kernel delivers it (`local_problems`).
-Whether the network passes it on shows when a member that we reach by a seed was never heard (`unheard`).
+From one machine only half of it can be seen: that interfaces do multicast and the kernel delivers it
+(`local_problems`). Whether the network passes it on shows when a member that we reach by a seed was never heard
+(`unheard`).
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ async def local_problems(wait: float = _WAIT) -> list[str]:
     flags = {name: stats.flags.split(",") for name, stats in psutil.net_if_stats().items()}
     tried = await asyncio.gather(*(_try_interface(name, addresses, wait) for name, addresses in outside.items()))
     return [
-        f"interface {name} does no multicast; run: ip link set {name} multicast on (or name seeds with --join HOST:PORT)"
+        f"interface {name} does no multicast; run: ip link set {name} multicast on (or name nodes with --join)"
         if "multicast" not in flags.get(name, [])
-        else f"multicast on interface {name} fails ({problem}); look at its firewall, or name seeds with --join HOST:PORT"
+        else f"multicast on interface {name} fails ({problem}); look at its firewall, or name nodes with --join"
         for (name, _), problem in zip(outside.items(), tried, strict=True)
         if problem or "multicast" not in flags.get(name, [])
     ]
@@ -58,8 +59,8 @@ def unheard(members: Iterable[NodeInfo], heard: Set[str], own: Mapping[str, Iter
         near = [host for host in member.hosts if _inside(host, networks)]
         if near and member.node_id not in heard:
             sentences.append(
-                f"node {member.node_id} at {near[0]} is on our network and reached, but its multicast is not heard: the "
-                "network (a switch, an access point, a firewall) drops it; keep naming nodes with --join HOST:PORT"
+                f"node {member.node_id} at {near[0]} is on our network and reached, but its multicast is not "
+                "heard: a switch, an access point or a firewall drops it; keep naming nodes with --join"
             )
     return sentences
 

@@ -5,8 +5,8 @@
       life               0600, starts so far; raised before anything is announced
       lock               flock held while an agent runs here; it dies with its process, whatever kills it
 
-Files are replaced, never rewritten: temporary file, fsync, rename, fsync of the directory. So a power cut leaves the old
-or the new number. A number that went backwards would make the others refuse us as our own ghost.
+Files are replaced, never rewritten: temporary file, fsync, rename, fsync of the directory. So a power cut leaves the
+old or the new number. A number that went backwards would make the others refuse us as our own ghost.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class DataDir:
 
 
 def _check(path: Path) -> None:
-    """Ours and closed to others. A directory of ours that is open is refused, not repaired: somebody may have been in."""
+    """Ours and closed to others. One that is open is refused, not repaired: somebody may have been in."""
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise DataDirRefused(f"the data directory {path} is no directory; choose another with --data-dir")

@@ -1,7 +1,7 @@
 """Whom to ping, and how far each ping is: first directly, then through others, then it has failed. Pure.
 
-Members stand on a ring in the order of their ids, and each watches the next `watchers` of it. So everybody is watched by
-equally many whatever the size, by the same ones all the time (a bound on the time until a death is seen that random
+Members stand on a ring in the order of their ids, and each watches the next `watchers` of it. So everybody is watched
+by equally many whatever the size, by the same ones all the time (a bound on the time until a death is seen that random
 choice does not give), and all agree on the ring as soon as they agree on the members.
 """
 

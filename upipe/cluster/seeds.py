@@ -2,8 +2,8 @@
 
     --join 10.0.0.1:7420     --join [fd00::1]:7420     --join node-a:7420     --join dns://upipe.example.org:7420
 
-An IP address is a hint once; a name is resolved again and again, since clouds move it (a headless service of Kubernetes is
-a name with an A record for each node). dns:// differs from a host name only in what a failure means: a name without
+An IP address is a hint once; a name is resolved again and again, since clouds move it (a headless service of Kubernetes
+is a name with an A record for each node). dns:// differs from a host name only in what a failure means: a name without
 records yet is usual there and is told as waiting, not as a mistake. SRV records are not read: the C library does not
 give them, and a resolver of our own is not worth a port number that is nearly always 7420.
 """
@@ -22,8 +22,8 @@ from upipe.errors import OptionInvalid
 RESOLVE_FIRST = 0.5
 """Seconds before the second try of a name that did not resolve; doubles with each failure."""
 RESOLVE_AGAIN = 30.0
-"""Seconds between two looks at a name, and the longest wait after failures. Shorter follows DNS closer and asks it more:
-one query for each seed, node and period."""
+"""Seconds between two looks at a name, and the longest wait after failures. Shorter follows DNS closer and asks it
+more: one query for each seed, node and period."""
 MOST_ADDRESSES = 256
 """Addresses taken from one name."""
 

@@ -14,8 +14,8 @@ class Timing(msgspec.Struct, frozen=True):
     """
 
     ping_interval: float = 0.5
-    """Seconds between two pings of one node by one of its watchers. Half of it finds the dead a quarter second earlier and
-    doubles the idle traffic, which is ``2 * min(watchers, n - 1) / ping_interval`` messages per second and node."""
+    """Seconds between two pings of one node by one of its watchers. Half of it finds the dead a quarter second earlier
+    and doubles the idle traffic, which is ``2 * min(watchers, n - 1) / ping_interval`` messages per second and node."""
     ping_timeout: float = 0.5
     """Seconds to wait for an answer before others are asked to try. Above the worst round trip and pause of an agent;
     too low costs relayed pings, never a life."""
@@ -23,7 +23,8 @@ class Timing(msgspec.Struct, frozen=True):
     """Seconds for the others' tries. When all fail, the node is suspect."""
     suspicion: float = 2.0
     """Seconds in which a suspect may object. This is the pause that a living agent can afford (garbage collection, a
-    machine swapping): ``relay_timeout + suspicion`` and more. Longer spares the slow and keeps work waiting for the dead."""
+    machine swapping): ``relay_timeout + suspicion`` and more. Longer spares the slow and keeps work waiting for the
+    dead."""
     rumour_grace: float = 0.5
     """Seconds left to a node that another member holds dead: nobody dies of hearsay without the chance to object."""
     fresh: float = 1.0
@@ -35,8 +36,8 @@ class Timing(msgspec.Struct, frozen=True):
     relays: int = 3
     """Members that are asked to try when a ping fails. More need more bad links at once for a false suspicion."""
     gossip_interval: float = 0.2
-    """Seconds between two rounds of news, while there are any: a round reaches ``fanout`` members, so news is with n members
-    after about ``log(n) / log(1 + fanout)`` rounds. Quiet clusters send none."""
+    """Seconds between two rounds of news, while there are any: a round reaches ``fanout`` members, so news is with n
+    members after about ``log(n) / log(1 + fanout)`` rounds. Quiet clusters send none."""
     fanout: int = 3
     """Members told in each round. More is faster by a logarithm and costs linearly."""
     retransmit: float = 4.0
@@ -60,11 +61,11 @@ class Timing(msgspec.Struct, frozen=True):
     addresses: int = 512
     """Most addresses remembered. When full, the advertised one with the most failures goes, seeds never."""
     forget: float = 24 * 3600.0
-    """Seconds that the dead and those who left are remembered, and the dead dialled again: a partition that lasts longer
-    heals only by seeds and advertisements."""
+    """Seconds that the dead and those who left are remembered, and the dead dialled again: a partition that lasts
+    longer heals only by seeds and advertisements."""
     late: float = 1.0
-    """Seconds by which our own timers may be late before we distrust ourselves instead of the others: a machine that slept
-    gives everybody the time again."""
+    """Seconds by which our own timers may be late before we distrust ourselves instead of the others: a machine that
+    slept gives everybody the time again."""
 
     @property
     def detection(self) -> float:
