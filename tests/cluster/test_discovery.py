@@ -104,7 +104,8 @@ class Advertiser:
 
     def __init__(self, lan: Lan, host: int, node_id: str, cluster: str = "video") -> None:
         command = (sys.executable, "-m", "tests.cluster.advertiser", node_id, cluster)
-        self.process = lan.popen(host, *command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = lan.popen(host, *command, **pipes, bufsize=0)  # select sees nothing of what lies in a buffer
         self._heard: list[dict[str, Any]] = []
         self.started = self.until("problems")
 

@@ -30,7 +30,8 @@ SERVICE = "_upipe._tcp.local."
 LOOKUPS = 32
 """Most advertisements looked up at a time; of a flood the rest is dropped, and heard when it is repeated."""
 LOOKUP_TIMEOUT = 3.0
-"""Seconds for the records of one advertisement."""
+"""Seconds for the records of one advertisement, tried LOOKUP_TRIES times: zeroconf tells each only once."""
+LOOKUP_TRIES = 3
 HEARD = 4096
 """Most node ids remembered as heard."""
 
@@ -70,7 +71,7 @@ class Multicast:
         from zeroconf.asyncio import AsyncServiceBrowser, AsyncZeroconf
 
         library = logging.getLogger("zeroconf")
-        if library.level == logging.NOTSET:
+        if library.level in (logging.NOTSET, logging.WARNING):
             library.setLevel(logging.ERROR)  # it warns, with a traceback, of each interface that goes down
         reason = ""
         for version in (IPVersion.All, IPVersion.V4Only, IPVersion.V6Only):  # the first that this kernel can do
@@ -137,7 +138,10 @@ class Multicast:
 
         try:
             info = AsyncServiceInfo(service_type, name)
-            if not await info.async_request(zeroconf, LOOKUP_TIMEOUT * 1000):
+            for _ in range(LOOKUP_TRIES):
+                if await info.async_request(zeroconf, LOOKUP_TIMEOUT * 1000):
+                    break
+            else:
                 return
             hint = read_hint(info.properties, info.parsed_scoped_addresses(), info.port or 0)
         except (Error, OSError, ValueError) as error:
