@@ -94,7 +94,10 @@ class Multicast:
         """Advertise what changed (addresses, port). Nothing before start() and after close()."""
         if self._zeroconf is None or self._service is None:
             return
-        self._service = service_info(info)
+        service = service_info(info)
+        if (service.text, service.port, service.parsed_addresses()) == self._said():
+            return
+        self._service = service
         await (await self._zeroconf.async_update_service(self._service))
 
     async def close(self) -> None:
@@ -111,6 +114,10 @@ class Multicast:
             await browser.async_cancel()
         if zeroconf is not None:
             await zeroconf.async_close()
+
+    def _said(self) -> tuple[bytes, int | None, list[str]]:
+        assert self._service is not None
+        return self._service.text, self._service.port, self._service.parsed_addresses()
 
     async def _advertise(self) -> None:
         assert self._zeroconf is not None

@@ -103,7 +103,7 @@ class Membership(Roster):
         self._handlers[type(event)](event, now)
         if not self.left:
             self._run_timers(now)
-        self._due = self._next_due()
+        self._due = self._next_due(now)
         out, self._out = self._out, []
         return out
 
@@ -249,9 +249,9 @@ class Membership(Roster):
             return
         self._prober.stop(probe.node_id)
         if member.state == "alive":
-            asked = f", nor through {self._timing.relays if others else 0} others" if others else ""
-            self._doubt(member, f"it does not answer node {self.info.node_id} ({probe.reason}){asked}",
-                        self._timing.suspicion, now)  # fmt: skip
+            asked = f", nor through {probe.relays} others" if probe.relays else ""
+            why = f"it does not answer node {self.info.node_id} ({probe.reason}){asked}"
+            self._doubt(member, why, self._timing.suspicion, now)
 
     def _gossip_about(self, via: str, member: Member) -> Gossip:
         """For a relay: with what is held against the one to be pinged, so that it can object there."""
@@ -279,13 +279,14 @@ class Membership(Roster):
         ours = watched(self.info.node_id, live, self._timing.watchers)
         return ours + [one for one in live if self._members[one].state == "suspect" and one not in ours]
 
-    def _next_due(self) -> float | None:
+    def _next_due(self, now: float) -> float | None:
         if self.left:
             return None
         times = [self._prober.deadline(self._pinged()), self._dialer.deadline()]
         times += [member.dead_at for member in self._members.values()]
         times += [self._gossip_at] if self._news.pending else []
-        return min((time for time in times if time is not None), default=None)
+        due = min((time for time in times if time is not None), default=None)
+        return None if due is None else max(due, now)  # never in the past: that would look as if we had slept
 
     def _forgive_lateness(self, now: float) -> None:
         late = now - self._due if self._due is not None else 0.0

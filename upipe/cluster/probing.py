@@ -35,6 +35,8 @@ class Probe:
     """Answers that may still come in this stage. Invariant: positive."""
     reason: str = ""
     """Why the direct one failed."""
+    relays: int = 0
+    """How many others were asked."""
 
 
 class Prober:
@@ -66,7 +68,8 @@ class Prober:
 
     def relay(self, probe: Probe, relays: int, now: float) -> None:
         """The direct ping failed, and so many others try now."""
-        probe.stage, probe.outstanding, probe.due = "relayed", relays, now + self._timing.relay_timeout
+        probe.stage, probe.due = "relayed", now + self._timing.relay_timeout
+        probe.outstanding = probe.relays = relays
 
     def asked(self, number: int) -> str | None:
         """Whom that ping asks; None when it was given up."""
