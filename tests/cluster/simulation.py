@@ -90,7 +90,7 @@ class World:
         """Run a new life of an agent, with hints (as from an advertisement) of every other address."""
         host = self.hosts[index]
         life = host.info.life + 1
-        host.info = replace(host.info, incarnation=life << 32, **changes)
+        host.info = replace(host.info, incarnation=life << 32, draining=False, **changes)
         host.membership = Membership(host.info, self.timing, random.Random(self.rng.getrandbits(32)))
         host.up, host.log, host.crashed_at, host.reachable = set(), [], None, True
         host.ticking, host.paused_until, host.awake_since = None, 0.0, self.now

@@ -421,6 +421,8 @@ def test_whoever_left_says_nothing_more() -> None:
 ACTIONS = st.one_of(
     st.tuples(st.just("crash"), st.integers(0, 6), st.booleans()),
     st.tuples(st.just("start"), st.integers(0, 6), st.booleans()),
+    st.tuples(st.just("restore"), st.integers(0, 6), st.booleans()),
+    st.tuples(st.just("drain"), st.integers(0, 6), st.booleans()),
     st.tuples(st.just("leave"), st.integers(0, 6), st.booleans()),
     st.tuples(st.just("pause"), st.integers(0, 6), st.floats(0.1, 8.0)),
     st.tuples(st.just("cut"), st.integers(0, 6), st.integers(0, 6)),
@@ -441,6 +443,11 @@ def act(world: World, action: tuple[str, object, object]) -> None:
         world.crash(index, bool(extra))
     elif what == "start" and host.membership is None:
         world.start(index)
+    elif what == "restore" and host.membership is None:  # its data directory comes from an old copy
+        host.info = replace(host.info, incarnation=0)
+        world.start(index)
+    elif what == "drain":
+        world.handle(host, ev.OwnDrain())
     elif what == "leave":
         world.leave(index)
     elif what == "pause":
