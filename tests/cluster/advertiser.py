@@ -1,6 +1,6 @@
 """A process that advertises and browses, for the tests in network namespaces: a JSON line for each thing it notices.
 
-python -m tests.cluster.advertiser NODE_ID CLUSTER      ends when its standard input does
+python -m tests.cluster.advertiser NODE_ID CLUSTER [uvloop]      ends when its standard input does
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 
+import uvloop
 from msgspec.structs import replace
 
 from upipe.cluster import multicast
@@ -46,4 +47,5 @@ async def main(node_id: str, cluster: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    run = uvloop.run if sys.argv[3:] == ["uvloop"] else asyncio.run
+    run(main(*sys.argv[1:3]))

@@ -85,7 +85,7 @@ async def _echo(name: str, address: str, version: int, wait: float) -> None:
     word = os.urandom(16)
     with _joined(name, address, version) as one:
         target = (GROUP4, one.getsockname()[1]) if version == 4 else (GROUP6, one.getsockname()[1], 0, _index(name))
-        await loop.sock_sendto(one, word, target)
+        one.sendto(word, target)  # a datagram never waits; and uvloop has no sock_sendto
         async with asyncio.timeout(wait):
             while await loop.sock_recv(one, 64) != word:
                 pass
