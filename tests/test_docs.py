@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from upipe import lifecycle
+from upipe.cluster.member import MEMBER
 from upipe.memq import layout
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +29,10 @@ def test_the_layout_tables_of_the_document_are_those_of_the_code(name: str) -> N
 @pytest.mark.parametrize("name", ["PIPE", "WORKER"])
 def test_the_transition_tables_of_the_document_are_those_of_the_code(name: str) -> None:
     assert _block(f"lifecycle: {name}") == lifecycle.markdown(getattr(lifecycle, name)).rstrip()
+
+
+def test_the_table_of_members_is_that_of_the_code() -> None:
+    assert _block("lifecycle: MEMBER") == lifecycle.markdown(MEMBER).rstrip()
 
 
 def test_the_committed_c_header_is_the_one_that_the_table_makes() -> None:

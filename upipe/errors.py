@@ -31,6 +31,9 @@
         |-- NodeUnproven    (ConnectionError) who answers there is not proven to be of this cluster; no token was sent
         |-- NodeTimeout     (TimeoutError)    no answer before the deadline; a change may or may not have been made
         |-- NodeAnswerInvalid                 the answer is not what this version understands
+        |-- OptionInvalid   (ValueError)      what you wrote for an address, seed, label or resource cannot be read
+        |-- MessageInvalid  (ValueError)      a node sent what cannot be read; nothing was changed
+        |-- DataDirRefused  (OSError)         the agent's data directory cannot be used; says why
         `-- NodeRefused                       the node said no; carries status, code and sentence
 
 A full or empty queue is no error of ours: MemQ raises queue.Full and queue.Empty, processors raise TimeoutError.
@@ -240,3 +243,15 @@ class NodeRefused(ClusterError):
 
     def __reduce__(self) -> tuple[type, tuple[str, int, str, str]]:
         return (type(self), (self.where, self.status, self.code, self.sentence))
+
+
+class OptionInvalid(ClusterError, ValueError):
+    """What was written for an address, a seed, a label or a resource is none; says what it should look like."""
+
+
+class MessageInvalid(ClusterError, ValueError):
+    """A message of another node is malformed or too large; nothing was changed."""
+
+
+class DataDirRefused(ClusterError, OSError):
+    """The data directory of the agent belongs to someone else, is in use, or holds what cannot be read."""
