@@ -273,7 +273,7 @@ static int run_life(uint64_t seed) {
         member *m = calloc(1, sizeof *m);
         up_ring base = {0};
         armed(0, 1);
-        CHECK(up_create(&base, fd, 4096, UP_POLICY_BLOCK, 0, UP_OPT_SUPERVISED) == UP_OK, "create");
+        CHECK(up_create(&base, fd, 4096, UP_POLICY_BLOCK, 0, UP_OPT_SUPERVISED, 0) == UP_OK, "create");
         join(m, &base, seed, 0);
         CHECK(up_auto_producer(&m->r) == UP_OK, "producer");
         (void)put(m, 0);

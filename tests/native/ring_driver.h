@@ -157,7 +157,7 @@ static int make_ring(up_ring *r, uint64_t capacity, uint32_t policy, uint64_t ma
     int fd = memfd_create("ring", MFD_CLOEXEC);
     CHECK(fd >= 0 && ftruncate(fd, (off_t)up_total(capacity)) == 0, "memfd");
     memset(r, 0, sizeof *r);
-    CHECK(up_create(r, fd, capacity, policy, max_frames, UP_OPT_SUPERVISED) == UP_OK, "create");
+    CHECK(up_create(r, fd, capacity, policy, max_frames, UP_OPT_SUPERVISED, 0) == UP_OK, "create");
     return fd;
 }
 

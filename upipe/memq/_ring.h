@@ -2,6 +2,7 @@
  *
  * Include this file; the parts include each other downwards only:
  *
+ *     _mirror.h      the two copies of a queue over two nodes: send, retire; receive, publish
  *     _members.h     who takes part: slots, producers and ends of stream, recovery of the dead
  *     _lock.h        the three robust locks, and what is mended when a holder died
  *     _consumers.h   the consumers' end: take, finish, give back, drop, advance
@@ -16,6 +17,7 @@
  *     consumer:  take  -> TAKEN   -> read  -> FINISHED | DEAD     then tail passes it and the bytes are free again
  *                                 \-> AVAILABLE -> TAKEN ...      (given back, or its holder died)
  *                COMMITTED -> DROPPED                             (drop policies)
+ *     mirror:    COMMITTED -> AVAILABLE                           (a source copy that is read here again; else it stays COMMITTED)
  *                COMMITTED -> CLAIMED                             (drop policy: the newcomer takes its place, up_replace)
  *
  * Order of positions: tail <= next <= head <= tail + capacity, all monotonic and multiples of 64.
@@ -45,6 +47,6 @@
 #ifndef UPIPE_RING_H
 #define UPIPE_RING_H
 
-#include "_members.h"
+#include "_mirror.h"
 
 #endif

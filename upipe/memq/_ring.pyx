@@ -33,6 +33,7 @@ from upipe.errors import (
     EndOfStream,
     FrameCorrupt,
     FrameTooLarge,
+    MirrorRefused,
     QueueClosed,
     QueueError,
     QueueStuck,
@@ -163,6 +164,7 @@ include "_joining.pxi"
 include "_sleeping.pxi"
 include "_putting.pxi"
 include "_taking.pxi"
+include "_mirroring.pxi"
 include "_watching.pxi"
 include "_views.pxi"
 include "_fan.pxi"

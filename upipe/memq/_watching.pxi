@@ -1,7 +1,7 @@
 # Ring: views of its memory; watching, ending, recovering.
 
 
-cdef class Ring(Taker):
+cdef class Ring(Mirrored):
     """One handle of one queue (see MemQ, which adds names, files and pickling).
 
     A handle belongs to its process; in a forked child it joins the queue again by itself. Threads and tasks may share
@@ -130,6 +130,7 @@ cdef class Ring(Taker):
     def use_producer(self, uint32_t id, uint32_t epoch=0):
         """Bind this handle to a declared producer id, in its life number `epoch`."""
         self._enter()
+        self._not_a_copy()
         if up_use_producer(&self.r, id, epoch) != UP_OK:
             raise TooManyParticipants(f"queue {self.label} has no producer id {id}")
 
