@@ -74,13 +74,14 @@ static int up_is_boundary(up_ring *r, uint64_t pos) {
 /* The run that begins at `cursor` (a boundary) and ends after `most` bytes or a little more: UP_OK, frames to send, which stay where
  * they are from now on; UP_END, a hole: nothing of it will ever be read. UP_EMPTY: somebody still writes there, or holds it.
  * SYNC commit */
-static int up_outgoing(up_ring *r, uint64_t cursor, uint64_t most, uint64_t *end) {
+static int up_outgoing(up_ring *r, uint64_t cursor, uint64_t most, uint64_t *end, uint64_t *frames) {
     up_control *c = r->c;
     uint64_t head = up_refresh_head(r), at = cursor, word;
     int hole = 0;
+    *frames = 0;
     *end = up_position(UP_LD(&c->tail));
     if (cursor < *end) return UP_END;
-    for (; at < head && at - cursor < most; at += up_span(word)) {
+    for (; at < head && at - cursor < most; at += up_span(word), *frames += 1) {
         word = UP_LDA(up_state_at(r, at));
         if (up_kind(word) == UP_AVAILABLE) { /* given back by a consumer of the time before the mirror */
             UP_ST(up_state_at(r, at), word = up_word(UP_COMMITTED, 0, up_span(word)));

@@ -93,27 +93,27 @@ cdef class Mirrored(Taker):
     def outgoing(self, uint64_t cursor, uint64_t most):
         """What follows a boundary of the source copy, None when there is nothing that can be sent.
 
-        Returns (view, end): `view` are the bytes [cursor, end) in the ring, whole frames, about `most` bytes or one frame; they
+        Returns (view, end, frames): `view` are the bytes [cursor, end) in the ring, whole frames, about `most` bytes or one frame; they
         stay until retired. None for `view`: a hole; padding and dropped frames, which nobody will ever read.
         """
-        cdef uint64_t end, before
+        cdef uint64_t end, before, frames
         cdef _Pin pin
         cdef int rc
         self._begin()
         try:
             self._lock(self.r.c.consumer_lock)
             before = UP_LD(&self.r.c.tail)
-            rc = up_outgoing(&self.r, cursor, most, &end)
+            rc = up_outgoing(&self.r, cursor, most, &end, &frames)
             self._unlock_consumers(before)
             if rc == UP_EMPTY:
                 return None
             if rc == UP_END:
-                return None, end
+                return None, end, frames
             pin = _Pin()
             pin.ring = <Ring>self
             pin.data = <uint8_t *>up_frame_at(&self.r, cursor)
             pin.size = end - cursor
-            return memoryview(pin), end
+            return memoryview(pin), end, frames
         finally:
             self._done()
 

@@ -151,7 +151,7 @@ cdef extern from "_ring.h" nogil:
     int up_mirror_sink(up_ring *r, uint64_t epoch)
     void up_mirror_local(up_ring *r)
     int up_is_boundary(up_ring *r, uint64_t pos)
-    int up_outgoing(up_ring *r, uint64_t cursor, uint64_t most, uint64_t *end)
+    int up_outgoing(up_ring *r, uint64_t cursor, uint64_t most, uint64_t *end, uint64_t *frames)
     int up_retire(up_ring *r, uint64_t pos, uint64_t dropped, uint64_t dead)
     uint64_t up_landing_room(up_ring *r)
     int up_publish_landed(up_ring *r, uint64_t landed, uint64_t *published, uint64_t *frames)
