@@ -12,7 +12,7 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 from upipe.cluster.links import Beat, Pulse
 from upipe.cluster.records import (
@@ -155,9 +155,8 @@ class Link(asyncio.BufferedProtocol):
     # ------------------------------------------------------------ the transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.set_write_buffer_limits(high=0)  # whatever it could not send at once ends the turns
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
+        self._transport.set_write_buffer_limits(high=0)  # whatever it could not send at once ends the turns
         self._beat()
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -134,7 +134,8 @@ class _MirrorEnd:
         books = self.machine.allowed if isinstance(self.machine, Sink) else (tail, 0, 0)
         machine = self.machine
         return Hello(
-            self.key, self.ring.head, self.role, machine.epoch, machine.capacity, *books, machine.fingerprint, self.name
+            self.key, self.ring.head, self.role, machine.epoch, machine.capacity, *books, machine.fingerprint, self.name,
+            isinstance(machine, Sink) and machine.ended,
         )
 
 
@@ -277,7 +278,7 @@ class MirrorSink(_MirrorEnd):
         """Called when more is finished here (`settled`); then allow() what may be told."""
         self.gated = gated
         self._ends = producer
-        self._told = -1, -1
+        self._told: tuple[int, int, bool] = (-1, -1, False)
         self._seen = -1
         self._glancing = False
         super().__init__(ring, name, 1)
@@ -301,6 +302,7 @@ class MirrorSink(_MirrorEnd):
                 self._tell(record.span)
             case End():
                 self._do(machine.end(number, record))
+                self._tell(0)
             case Hello():
                 self._do(machine.hello(number, record))
             case Refusal():
@@ -345,7 +347,7 @@ class MirrorSink(_MirrorEnd):
             self._timer.cancel()
             self._timer = None
         machine = self.machine
-        now = machine.head, machine.allowed[0]
+        now = machine.head, machine.allowed[0], machine.ended
         link = self._links.get(machine.link) if machine.link is not None else None
         if link is not None and now != self._told:
             self._told = now
@@ -383,7 +385,7 @@ class MirrorSink(_MirrorEnd):
             case CloseStream():
                 self.ring.close_producer(self._ends)
             case SayHello():
-                self._told = -1, -1
+                self._told = (-1, -1, False)
                 super()._one(command)
             case _:
                 super()._one(command)

@@ -91,7 +91,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Done:
-    """The stream ended, and all of it is retired."""
+    """The stream ended, which the sink knows, and all of it is retired."""
 
 
 Command = SayHello | SayRefusal | SayEnd | SayResume | Rewind | Retire | Hole | CloseStream | Failed | Done
@@ -199,6 +199,8 @@ class Source(_End):
         self.end: int | None = None
         """Where the stream ends, once it did."""
         self.end_said = False
+        self.done = False
+        """The sink knows the end, and everything before it is retired."""
 
     @property
     def streaming(self) -> bool:
@@ -221,11 +223,13 @@ class Source(_End):
         self.link, self.asked = link, None
         self.end_said = False
         commands = self._rewind(hello.position)
-        return commands + self._heard(hello.position, hello.finished, hello.dropped, hello.dead)
+        return commands + self._heard(hello.position, (hello.finished, hello.dropped, hello.dead), hello.ended)
 
     def progress(self, link: Link, heard: Progress) -> list[Command]:
         """The sink received and finished more."""
-        return self._heard(heard.position, heard.finished, heard.dropped, heard.dead) if link == self.link else []
+        if link != self.link:
+            return []
+        return self._heard(heard.position, (heard.finished, heard.dropped, heard.dead), heard.ended)
 
     def resume(self, link: Link, heard: Resume) -> list[Command]:
         """The sink misses something."""
@@ -239,7 +243,7 @@ class Source(_End):
     def ends(self, position: int) -> list[Command]:
         """The stream ended: its producers closed, and head is `position`. Repeating it changes nothing."""
         self.end = position
-        return self._say_end() + self._done()
+        return self._say_end()
 
     def _rewind(self, position: int) -> list[Command]:
         self.cursor = position
@@ -252,15 +256,16 @@ class Source(_End):
         self.end_said = True
         return [SayEnd(self.link, self.end)]
 
-    def _heard(self, received: int, finished: int, dropped: int, dead: int) -> list[Command]:
+    def _heard(self, received: int, books: tuple[int, int, int], ended: bool) -> list[Command]:
+        commands: list[Command] = []
         self.received = max(self.received, received)
-        if finished <= self.tail or self.failure:
-            return []
-        self.tail = finished
-        return [Retire(finished, dropped, dead), *self._done()]
-
-    def _done(self) -> list[Command]:
-        return [Done()] if self.end is not None and self.tail >= self.end else []
+        if books[0] > self.tail:
+            self.tail = books[0]
+            commands.append(Retire(*books))
+        if ended and not self.done and self.end is not None and self.tail >= self.end:
+            self.done = True
+            commands.append(Done())
+        return commands
 
 
 class Sink(_End):
@@ -344,7 +349,7 @@ class Sink(_End):
 
     def progress(self, key: int) -> Progress:
         """What to tell the source now."""
-        return Progress(key, self.head, *self.allowed)
+        return Progress(key, self.head, *self.allowed, self.ended)
 
     def _missing(self, position: int) -> list[Command]:
         """Ask for `position` again, once: the source sends all that follows it. Half a frame is forgotten with it."""

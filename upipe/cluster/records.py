@@ -44,9 +44,9 @@ SINK: Final = 2
 ROLES: Final = {SOURCE: "source", SINK: "sink"}
 
 HELLO, DATA, SKIP, END, PROGRESS, RESUME, REFUSAL, PING, PONG = range(1, 10)
-_HELLO: Final = struct.Struct("<HHIQQQQQ")
+_HELLO: Final = struct.Struct("<HBBIQQQQQ")
 _SKIP: Final = struct.Struct("<Q")
-_PROGRESS: Final = struct.Struct("<QQQ")
+_PROGRESS: Final = struct.Struct("<QQQB")
 _TOP: Final = (1 << 63) - 1
 
 
@@ -78,6 +78,8 @@ class Hello(msgspec.Struct, frozen=True):
     fingerprint: int
     """Of the ring's layout; both copies are of one build's layout."""
     id: str
+    ended: bool = False
+    """As of Progress."""
     protocol: int = PROTOCOL
 
 
@@ -101,6 +103,8 @@ class Progress(msgspec.Struct, frozen=True):
     dropped: int
     """Of the frames up to `finished`, since the sink copy began."""
     dead: int
+    ended: bool = False
+    """The sink knows that its stream ended."""
 
 
 class Resume(msgspec.Struct, frozen=True):
@@ -145,7 +149,7 @@ def encode(record: Record) -> bytes:
 def _parts(record: Record) -> tuple[int, int, bytes]:
     match record:
         case Progress():
-            return PROGRESS, record.position, _PROGRESS.pack(record.finished, record.dropped, record.dead)
+            return PROGRESS, record.position, _PROGRESS.pack(record.finished, record.dropped, record.dead, record.ended)
         case Skip():
             return SKIP, record.position, _SKIP.pack(record.span)
         case Hello(protocol=protocol, role=role, fingerprint=fingerprint, epoch=epoch, capacity=capacity):
@@ -153,7 +157,7 @@ def _parts(record: Record) -> tuple[int, int, bytes]:
             name = record.id.encode()
             if not 0 < len(name) <= MOST_ID:
                 raise ValueError(f"the id of a mirror has 1 to {MOST_ID} bytes, not {len(name)}")
-            return HELLO, record.position, _HELLO.pack(protocol, role, fingerprint, epoch, capacity, *books) + name
+            return HELLO, record.position, _HELLO.pack(protocol, role, record.ended, fingerprint, epoch, capacity, *books) + name
         case Refusal():
             code, text = record.code.encode()[:60], _cut(record.text, MOST_BODY - 64)
             return REFUSAL, 0, bytes((len(code),)) + code + text
@@ -194,7 +198,8 @@ def decode_body(header: Header, body: bytes) -> Record:
 def _record(header: Header, body: bytes) -> Record:
     kind, length, mirror, position = header
     if kind == PROGRESS:
-        return Progress(mirror, position, *_ranged(_PROGRESS.unpack(body)))
+        finished, dropped, dead, ended = _ranged(_PROGRESS.unpack(body))
+        return Progress(mirror, position, finished, dropped, dead, _flag(ended))
     if kind == SKIP:
         return Skip(mirror, position, *_ranged(_SKIP.unpack(body)))
     if kind == HELLO:
@@ -210,14 +215,22 @@ def _record(header: Header, body: bytes) -> Record:
 
 
 def _hello(header: Header, body: bytes) -> Hello:
-    protocol, role, fingerprint, epoch, capacity, finished, dropped, dead = _HELLO.unpack_from(body)
+    protocol, role, ended, fingerprint, epoch, capacity, finished, dropped, dead = _HELLO.unpack_from(body)
     name = body[_HELLO.size :].decode()
     if protocol != PROTOCOL:
         raise MirrorRefused("version", f"the other end speaks mirror protocol {protocol}, this one {PROTOCOL}; run one version")
     if role not in ROLES or not 0 < len(name.encode()) <= MOST_ID or mirror_key(name) != header.mirror:
         raise MirrorRefused("bad-record", f"a Hello of role {role} for a mirror {name!r} that its key does not name")
     _ranged((epoch, capacity, finished, dropped, dead))
-    return Hello(header.mirror, header.position, role, epoch, capacity, finished, dropped, dead, fingerprint, name)
+    return Hello(
+        header.mirror, header.position, role, epoch, capacity, finished, dropped, dead, fingerprint, name, _flag(ended)
+    )
+
+
+def _flag(value: int) -> bool:
+    if value > 1:
+        raise MirrorRefused("bad-record", f"a flag of a record is 0 or 1, not {value}")
+    return value == 1
 
 
 def _ranged(values: tuple[int, ...]) -> tuple[int, ...]:

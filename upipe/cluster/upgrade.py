@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ssl as tls
 from collections.abc import Mapping
+from typing import cast
 
 from aiohttp import web
 
@@ -120,8 +121,7 @@ class _Asking(asyncio.BufferedProtocol):
             line = head.partition(b"\r\n")[0].decode("latin-1")
             self._refuse(f"it answers {line!r} instead of 101", status)
             return
-        transport = self._transport
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast(asyncio.Transport, self._transport)  # uvloop's is no subclass of it
         link = Link()
         transport.set_protocol(link)
         link.connection_made(transport)

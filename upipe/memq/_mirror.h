@@ -29,19 +29,34 @@ static void up_forget_far(up_ring *r) {
     UP_STR(&c->tail, up_position(word) | new_);
 }
 
-/* From here on only a mirror reads this queue. The same epoch again goes on where it was. UP_OK, or UP_STALE: nothing changed. */
+/* A frame that was given back is sent instead; its count stays raised. */
+static uint64_t up_withdraw(up_ring *r, uint64_t pos, uint64_t word) {
+    uint64_t now = up_word(UP_COMMITTED, 0, up_span(word));
+    UP_ST(up_state_at(r, pos), now);
+    UP_CRASH("withdraw");
+    UP_ST(&r->c->redeliver, UP_LD(&r->c->redeliver) - 1);
+    return now;
+}
+
+/* From here on only a mirror reads this queue. The same epoch again goes on where it was, unless consumers here read since.
+ * UP_OK, or UP_STALE: nothing changed. A crash before the last store is repeated as a whole: nothing was retired in between. */
 static int up_mirror_source(up_ring *r, uint64_t epoch) {
     up_control *c = r->c;
-    if (epoch < UP_LD(&c->mirror_epoch)) return UP_STALE;
-    if (epoch > UP_LD(&c->mirror_epoch)) up_forget_far(r); /* repeated after a crash: nothing was retired in between */
-    UP_CRASH("epoch");
-    UP_ST(&c->mirror_epoch, epoch);
+    uint64_t last = UP_LD(&c->mirror_epoch), next = UP_LD(&c->next), word;
+    if (epoch < last || (epoch == last && UP_LD(&c->mirror) != UP_MIRROR_SOURCE)) return UP_STALE;
+    if (epoch > last) up_forget_far(r);
     UP_CRASH("mirror");
     UP_ST(&c->mirror, UP_MIRROR_SOURCE);
+    for (uint64_t at = up_position(UP_LD(&c->tail)); at < next; at = up_after(at, word, next)) { /* up_mirror_local died in it */
+        word = UP_LD(up_state_at(r, at));
+        if (up_kind(word) == UP_AVAILABLE) word = up_withdraw(r, at, word);
+    }
+    UP_CRASH("epoch");
+    UP_ST(&c->mirror_epoch, epoch);
     return UP_OK;
 }
 
-/* Consumers here read this queue again: what was sent and not retired is given back, its delivery count as it is. A crash before
+/* The epoch is over, consumers here read this queue again: what was sent and not retired is given back, its delivery count as it is. A crash before
  * the last store leaves a source copy, some of it AVAILABLE, which sends as COMMITTED does. */
 static void up_mirror_local(up_ring *r) {
     up_control *c = r->c;
@@ -83,11 +98,7 @@ static int up_outgoing(up_ring *r, uint64_t cursor, uint64_t most, uint64_t *end
     if (cursor < *end) return UP_END;
     for (; at < head && at - cursor < most; at += up_span(word), *frames += 1) {
         word = UP_LDA(up_state_at(r, at));
-        if (up_kind(word) == UP_AVAILABLE) { /* given back by a consumer of the time before the mirror */
-            UP_ST(up_state_at(r, at), word = up_word(UP_COMMITTED, 0, up_span(word)));
-            UP_CRASH("withdraw");
-            UP_ST(&c->redeliver, UP_LD(&c->redeliver) - 1);
-        }
+        if (up_kind(word) == UP_AVAILABLE) word = up_withdraw(r, at, word); /* by a consumer of the time before the mirror */
         if (!up_span(word) || (up_kind(word) != UP_COMMITTED && !up_is_over(word))) break;
         if (at == cursor) hole = up_is_over(word);
         else if (hole != up_is_over(word)) break;

@@ -36,8 +36,8 @@ cdef class Mirrored(Taker):
             self._done()
 
     def mirror_local(self):
-        """Consumers of this host read the source copy again: what was sent and is not retired is given back to them, with its
-        delivery count as it is. Idempotent."""
+        """The epoch is over: consumers of this host read the source copy again. What was sent and is not retired is given back to
+        them, with its delivery count as it is. Idempotent."""
         self._begin()
         try:
             self._lock(self.r.c.consumer_lock)
