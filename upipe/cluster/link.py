@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol, cast
 
-from upipe.cluster.links import Beat, Pulse
+from upipe.cluster.pulse import Beat, Pulse
 from upipe.cluster.records import (
     DATA,
     HEADER_BYTES,

@@ -274,6 +274,7 @@ class MirrorSink(_MirrorEnd):
     def __init__(self, ring: MemQ, name: str, epoch: int, *, producer: int = 0, gated: bool = False) -> None:
         ring.mirror_sink(epoch)
         self.machine: Sink = Sink(name, epoch, ring.head, ring.capacity, fingerprint()[1])
+        self.machine.ended = ring.stream_closed
         self.on_settled: Callable[[MirrorSink], None] = _ignore
         """Called when more is finished here (`settled`); then allow() what may be told."""
         self.gated = gated
