@@ -156,7 +156,7 @@ class Link(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
-        self._transport.set_write_buffer_limits(high=0)  # whatever it could not send at once ends the turns
+        self._transport.set_write_buffer_limits(high=1)  # what it could not send at once ends the turns; with 0 TLS pauses for ever
         self._beat()
 
     def connection_lost(self, error: Exception | None) -> None:
