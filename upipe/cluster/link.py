@@ -1,9 +1,10 @@
-"""One connection that carries mirrors: framing, fair turns, a pulse. TCP or TLS, dialled or accepted: both ends are the same.
+"""One connection that carries mirrors: framing, fair turns, a pulse. TCP or TLS, dialled or accepted: both ends are the
+same.
 
-What comes for a sink is received straight into its ring (BufferedProtocol); what a source sends is handed over as ring memory.
-A mirror that has something to send waits in a queue for its turn; a turn is one CHUNK, so that a small one is never far
-behind a large one. While the transport has something left to write nobody gets a turn: so what is copied and kept by it is
-bounded by a chunk.
+What comes for a sink is received straight into its ring (BufferedProtocol); what a source sends is handed over as ring
+memory. A mirror that has something to send waits in a queue for its turn; a turn is one CHUNK, so that a small one is
+never far behind a large one. While the transport has something left to write nobody gets a turn: so what is copied and
+kept by it is bounded by a chunk.
 """
 
 from __future__ import annotations
@@ -156,15 +157,18 @@ class Link(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
-        self._transport.set_write_buffer_limits(high=1)  # what it could not send at once ends the turns; with 0 TLS pauses for ever
+        # What it could not send at once ends the turns. Not 0: TLS would take an empty buffer for a full one.
+        self._transport.set_write_buffer_limits(high=1)
         self._beat()
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._owner is not None:
-            self._owner.connection_lost(error)  # type: ignore[attr-defined]
+            self._owner.connection_lost(error)
         if self.closed.done():
             return
-        self.closed.set_result(self._why or (f"{type(error).__name__}: {error}" if error else "the other end closed it"))
+        self.closed.set_result(
+            self._why or (f"{type(error).__name__}: {error}" if error else "the other end closed it")
+        )
         if self._timer is not None:
             self._timer.cancel()
         for endpoint in list(self._endpoints.values()):
@@ -287,7 +291,9 @@ class Link(asyncio.BufferedProtocol):
             return
         if isinstance(record, Hello):
             if record.mirror not in self._hellos and len(self._hellos) >= MOST_HELLOS:
-                raise MirrorRefused("too-many", f"the other end names more than {MOST_HELLOS} mirrors on one connection")
+                raise MirrorRefused(
+                    "too-many", f"the other end names more than {MOST_HELLOS} mirrors on one connection"
+                )
             self._hellos[record.mirror] = record
         endpoint = self._endpoints.get(record.mirror)
         if endpoint is not None:

@@ -1,9 +1,11 @@
-"""The two ends of a mirror at work: what mirror_state.py decides is done to the ring and the link, in the agent's event loop.
+"""The two ends of a mirror at work: what mirror_state.py decides is done to the ring and the link, in the agent's event
+loop.
 
     MirrorSource(ring, "pipe/edge/p-c", epoch=1)     on the producers' node; link.add(it)
     MirrorSink(ring, "pipe/edge/p-c")                on the consumers' node; link.add(it)
 
-Each has a handle of its own on its copy of the queue and closes it with itself. No task runs and no CPU is used while nothing
+Each has a handle of its own on its copy of the queue and closes it with itself. No task runs and no CPU is used while
+nothing
 moves: each end sleeps on its handle's bell, the source for frames, the sink for what is finished.
 """
 
@@ -51,8 +53,8 @@ from upipe.memq.queue import MemQ
 JOIN = 1 << 16
 """Bytes of data up to which header and data are copied into one write: a copy is cheaper than a call."""
 LINGER = 0.001
-"""Seconds until a source looks again after a run of MANY frames, instead of being rung: small frames then travel together, and
-their producers do not ring for each. A single frame is sent at once."""
+"""Seconds until a source looks again after a run of MANY frames, instead of being rung: small frames then travel
+together, and their producers do not ring for each. A single frame is sent at once."""
 MANY = 16
 STEP = 16
 """A sink tells what is finished when another 1/STEP of the ring is, or after LINGER."""
@@ -134,7 +136,14 @@ class _MirrorEnd:
         books = self.machine.allowed if isinstance(self.machine, Sink) else (tail, 0, 0)
         machine = self.machine
         return Hello(
-            self.key, self.ring.head, self.role, machine.epoch, machine.capacity, *books, machine.fingerprint, self.name,
+            self.key,
+            self.ring.head,
+            self.role,
+            machine.epoch,
+            machine.capacity,
+            *books,
+            machine.fingerprint,
+            self.name,
             isinstance(machine, Sink) and machine.ended,
         )
 
@@ -263,7 +272,8 @@ class MirrorSink(_MirrorEnd):
     """Receives into the sink copy, and tells what is finished.
 
     Args:
-        ring: a handle of its own on the sink copy, which was made with `start` at the source's tail and one declared producer.
+        ring: a handle of its own on the sink copy, which was made with `start` at the source's tail and one declared
+            producer.
         name, epoch: as of MirrorSource.
         producer: id of that producer, which is closed when the stream ends.
         gated: False tells what is finished at once; True only what allow() permits (gate.py).
@@ -359,7 +369,8 @@ class MirrorSink(_MirrorEnd):
         self._watch()
 
     def _watch(self) -> None:
-        """See how far consumers are; sleep until they finished a step more, or anything when they finished nothing lately."""
+        """See how far consumers are; sleep until they finished a step more, or anything when they finished nothing
+        lately."""
         tail = self.ring.settled()
         step = 0 if tail[0] == self._seen else self.ring.capacity // STEP
         if tail[0] != self._seen:

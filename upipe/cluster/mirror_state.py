@@ -8,10 +8,10 @@
     Rewind                 <--- Resume ---   a gap: what came does not follow
     SayEnd                 ----- End ---->   CloseStream
 
-Why any loss, repetition or reordering is harmless: a position is sent until the sink has it, and the sink takes exactly the
-position that follows what it has. Each end follows one link at a time, the newest that greeted it, and ignores what still
-comes on older ones. An epoch numbers a pair of copies: who hears a lower one refuses it and changes nothing, who hears a
-higher one knows that it was replaced, and stops.
+Why any loss, repetition or reordering is harmless: a position is sent until the sink has it, and the sink takes exactly
+the position that follows what it has. Each end follows one link at a time, the newest that greeted it, and ignores what
+still comes on older ones. An epoch numbers a pair of copies: who hears a lower one refuses it and changes nothing, who
+hears a higher one knows that it was replaced, and stops.
 """
 
 from __future__ import annotations
@@ -156,12 +156,13 @@ class _End:
         """None when the other end is our twin; otherwise what to do about it."""
         mine, theirs = ROLES[self.role], ROLES[hello.role]
         if self.failure:
-            return [SayRefusal(link, self.failure.code, f"the {mine} of mirror {self.name} stopped: {self.failure.text}")]
+            text = f"the {mine} of mirror {self.name} stopped: {self.failure.text}"
+            return [SayRefusal(link, self.failure.code, text)]
         if hello.epoch < self.epoch:
-            text = f"the {theirs} of mirror {self.name} is of epoch {hello.epoch}, its {mine} of {self.epoch}; it was replaced"
+            text = f"the {theirs} of mirror {self.name} has epoch {hello.epoch}, its {mine} {self.epoch}: replaced"
             return [SayRefusal(link, "stale-epoch", text)]
         if hello.epoch > self.epoch:
-            text = f"the {mine} of mirror {self.name} is of epoch {self.epoch}, its {theirs} of {hello.epoch}; it was replaced"
+            text = f"the {mine} of mirror {self.name} has epoch {self.epoch}, its {theirs} {hello.epoch}: replaced"
             return self._fail("stale-epoch", text)
         if hello.role == self.role:
             return [SayRefusal(link, "bad-mirror", f"both ends of mirror {self.name} are its {mine}; place it again")]
@@ -193,7 +194,8 @@ class Source(_End):
         self.received = tail
         """The sink has everything before it."""
         self.cursor = tail
-        """Sent up to here on `link`. tail <= received <= cursor, except right after a Hello of a sink that is behind."""
+        """Sent up to here on `link`. tail <= received <= cursor, except right after a Hello of a sink that is
+        behind."""
         self.asked: Link | None = None
         """Where our Hello waits for its answer."""
         self.end: int | None = None
@@ -283,7 +285,8 @@ class Sink(_End):
         self.landed = 0
         """Bytes of frames that are not whole yet, received behind head on `link`."""
         self.allowed = (0, 0, 0)
-        """(finished, dropped, dead) that the source may retire. 0 says nothing: after a restart the source knows more."""
+        """(finished, dropped, dead) that the source may retire. 0 says nothing: after a restart the source knows
+        more."""
         self.ended = False
         self._gap: int | None = None
 
@@ -301,7 +304,8 @@ class Sink(_End):
         return [SayHello(link)]
 
     def data(self, link: Link, position: int, length: int) -> tuple[int, list[Command]]:
-        """How many of the first bytes of this data are not for us (all: known, or they do not follow); the rest lands."""
+        """How many of the first bytes of this data are not for us (all: known, or they do not follow); the rest
+        lands."""
         if link != self.link:
             return length, []
         expected = self.head + self.landed

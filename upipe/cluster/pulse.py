@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from enum import Enum
 
 QUIET = 1.5
-"""Seconds without a byte from the other end after which it is asked (Ping). Shorter notices a cut earlier, and wakes idle hosts."""
+"""Seconds without a byte from the other end after which it is asked (Ping). Shorter notices a cut earlier, and wakes
+idle hosts."""
 PATIENCE = 3.0
 """Seconds after the question in which nothing came before the link is given up: QUIET + PATIENCE is below 5."""
 
 LATE = 0.5
-"""Seconds of delay of a look from which on it proves nothing: this process was stopped itself, and what came is not read yet."""
+"""Seconds of delay of a look from which on it proves nothing: this process was stopped itself, and what came is not
+read yet."""
 
 
 class Beat(Enum):
@@ -24,7 +26,8 @@ class Beat(Enum):
 
 
 class Pulse:
-    """Whether the other end of one link lives: a link that is cut silently (no RST, no FIN) is known to be so within 5 s."""
+    """Whether the other end of one link lives: a link that is cut silently (no RST, no FIN) is known to be so within 5
+    s."""
 
     def __init__(self, now: float) -> None:
         self._heard = now
@@ -62,7 +65,8 @@ class BackoffPolicy:
     most: float = 2.0
     """Longest pause in seconds: also how long after its return a peer may be found."""
     jitter: float = 0.3
-    """Share of a pause (0..1) that chance takes away, so that all nodes do not dial one that returns at the same time."""
+    """Share of a pause (0..1) that chance takes away, so that all nodes do not dial one that returns at the same
+    time."""
 
 
 class Backoff:

@@ -11,8 +11,8 @@
     Refusal    both      no, with a code for machines and a sentence for people
     Ping Pong  both      `position` is a number to send back
 
-Decoding is total: any bytes give a record or MirrorRefused with a code and a sentence, and lengths are bounded before memory
-is taken. The sender has proved who it is; still nothing it says is believed without a check.
+Decoding is total: any bytes give a record or MirrorRefused with a code and a sentence, and lengths are bounded before
+memory is taken. The sender has proved who it is; still nothing it says is believed without a check.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ Record = Hello | Skip | End | Progress | Resume | Refusal | Ping | Pong
 
 
 def mirror_key(name: str) -> int:
-    """The number that stands for a mirror's id in every record (64 bits of BLAKE2b; Hello proves that it is that id)."""
+    """The number that stands for a mirror's id in every record (64 bits of BLAKE2b; Hello proves that it is that
+    id)."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
@@ -157,7 +158,8 @@ def _parts(record: Record) -> tuple[int, int, bytes]:
             name = record.id.encode()
             if not 0 < len(name) <= MOST_ID:
                 raise ValueError(f"the id of a mirror has 1 to {MOST_ID} bytes, not {len(name)}")
-            return HELLO, record.position, _HELLO.pack(protocol, role, record.ended, fingerprint, epoch, capacity, *books) + name
+            head = _HELLO.pack(protocol, role, record.ended, fingerprint, epoch, capacity, *books)
+            return HELLO, record.position, head + name
         case Refusal():
             code, text = record.code.encode()[:60], _cut(record.text, MOST_BODY - 64)
             return REFUSAL, 0, bytes((len(code),)) + code + text
@@ -179,9 +181,9 @@ def decode_header(data: bytes | bytearray | memoryview, offset: int = 0) -> Head
     """The HEADER_BYTES at `offset`; MirrorRefused "bad-record" when they are none."""
     kind, zero, zeros, length, mirror, position = _HEADER.unpack_from(data, offset)
     if not HELLO <= kind <= PONG or zero or zeros:
-        raise MirrorRefused("bad-record", f"a record of kind {kind} is unknown to protocol {PROTOCOL}; the connection ends here")
+        raise MirrorRefused("bad-record", f"a record of kind {kind} is unknown to protocol {PROTOCOL}")
     if length > (MOST_DATA if kind == DATA else MOST_BODY):
-        raise MirrorRefused("bad-record", f"a record of kind {kind} with {length:,} bytes is longer than protocol {PROTOCOL} allows")
+        raise MirrorRefused("bad-record", f"{length:,} bytes are too long for a record of kind {kind}")
     if position > _TOP:
         raise MirrorRefused("bad-record", f"position {position} of a record of kind {kind} is out of range")
     return Header(kind, length, mirror, position)
@@ -218,7 +220,8 @@ def _hello(header: Header, body: bytes) -> Hello:
     protocol, role, ended, fingerprint, epoch, capacity, finished, dropped, dead = _HELLO.unpack_from(body)
     name = body[_HELLO.size :].decode()
     if protocol != PROTOCOL:
-        raise MirrorRefused("version", f"the other end speaks mirror protocol {protocol}, this one {PROTOCOL}; run one version")
+        text = f"the other end speaks mirror protocol {protocol}, this one {PROTOCOL}; run one version"
+        raise MirrorRefused("version", text)
     if role not in ROLES or not 0 < len(name.encode()) <= MOST_ID or mirror_key(name) != header.mirror:
         raise MirrorRefused("bad-record", f"a Hello of role {role} for a mirror {name!r} that its key does not name")
     _ranged((epoch, capacity, finished, dropped, dead))

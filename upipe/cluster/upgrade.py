@@ -43,7 +43,8 @@ async def accept(request: web.Request, joined: Joined) -> web.StreamResponse:
     wanted = request.headers.get("Upgrade", "")
     if wanted != UPGRADE or "upgrade" not in request.headers.get("Connection", "").lower():
         raise web.HTTPUpgradeRequired(
-            text=f"this address speaks {UPGRADE}, not {wanted or 'plain HTTP'}; run one version", headers={"Upgrade": UPGRADE}
+            text=f"this address speaks {UPGRADE}, not {wanted or 'plain HTTP'}; run one version",
+            headers={"Upgrade": UPGRADE},
         )
     transport = request.transport
     if transport is None or transport.is_closing():

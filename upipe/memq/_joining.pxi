@@ -137,8 +137,8 @@ cdef class Handle:
 
     cdef int _not_a_copy(self) except -1:
         if self.r.c.mirror == UP_MIRROR_SINK:
-            raise QueueError(f"queue {self.label} is the copy of a queue on another node; only its mirror writes it. Put into the "
-                             "queue there")
+            raise QueueError(f"queue {self.label} is the copy of a queue on another node; only its mirror writes it. "
+                             "Put into the queue there")
         return 0
 
     def close(self):

@@ -56,8 +56,8 @@ static int up_mirror_source(up_ring *r, uint64_t epoch) {
     return UP_OK;
 }
 
-/* The epoch is over, consumers here read this queue again: what was sent and not retired is given back, its delivery count as it is. A crash before
- * the last store leaves a source copy, some of it AVAILABLE, which sends as COMMITTED does. */
+/* The epoch is over, consumers here read this queue again: what was sent and not retired is given back, its delivery count as
+ * it is. A crash before the last store leaves a source copy, some of it AVAILABLE, which sends as COMMITTED does. */
 static void up_mirror_local(up_ring *r) {
     up_control *c = r->c;
     uint64_t next = UP_LD(&c->next), word;

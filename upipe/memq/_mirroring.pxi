@@ -4,8 +4,8 @@
 cdef class Mirrored(Taker):
     """What a mirror does with its copy of a queue. Positions are bytes of the stream, equal in both copies.
 
-    Source copy: outgoing() what the sink copy has not, retire() what it finished. Sink copy: receive into landing(), publish(),
-    and tell settled(). One mirror at a time; after kill -9 of it another goes on by position.
+    Source copy: outgoing() what the sink copy has not, retire() what it finished. Sink copy: receive into landing(),
+    publish(), and tell settled(). One mirror at a time; after kill -9 of it another goes on by position.
     """
 
     def mirror_source(self, uint64_t epoch):
@@ -36,8 +36,8 @@ cdef class Mirrored(Taker):
             self._done()
 
     def mirror_local(self):
-        """The epoch is over: consumers of this host read the source copy again. What was sent and is not retired is given back to
-        them, with its delivery count as it is. Idempotent."""
+        """The epoch is over: consumers of this host read the source copy again. What was sent and is not retired is
+        given back to them, with its delivery count as it is. Idempotent."""
         self._begin()
         try:
             self._lock(self.r.c.consumer_lock)
@@ -49,8 +49,8 @@ cdef class Mirrored(Taker):
 
     cdef int _not_stale(self, int rc, epoch) except -1:
         if rc == UP_STALE:
-            raise MirrorRefused("stale-epoch", f"queue {self.label} has seen a mirror of epoch {self.r.c.mirror_epoch}; one of "
-                                f"epoch {epoch} is too old, and must stop")
+            raise MirrorRefused("stale-epoch", f"queue {self.label} has seen a mirror of epoch "
+                                f"{self.r.c.mirror_epoch}; one of epoch {epoch} is too old, and must stop")
         return 0
 
     @property
@@ -72,7 +72,8 @@ cdef class Mirrored(Taker):
         return UP_LDA32(&self.r.c.stream) == UP_STREAM_CLOSED  # SYNC stream
 
     def settled(self):
-        """(tail, dropped, dead): the position before which all is finished, and the books up to there, as one moment's truth."""
+        """(tail, dropped, dead): the position before which all is finished, and the books up to there, as one moment's
+        truth."""
         cdef up_books passed
         cdef uint64_t pos
         self._mapped()
@@ -93,8 +94,8 @@ cdef class Mirrored(Taker):
     def outgoing(self, uint64_t cursor, uint64_t most):
         """What follows a boundary of the source copy, None when there is nothing that can be sent.
 
-        Returns (view, end, frames): `view` are the bytes [cursor, end) in the ring, whole frames, about `most` bytes or one frame; they
-        stay until retired. None for `view`: a hole; padding and dropped frames, which nobody will ever read.
+        Returns (view, end, frames): `view` are the bytes [cursor, end) in the ring, whole frames, about `most` bytes or
+        one frame; they stay until retired. None for `view`: a hole; padding and dropped frames, which nobody will read.
         """
         cdef uint64_t end, before, frames
         cdef _Pin pin
@@ -118,7 +119,8 @@ cdef class Mirrored(Taker):
             self._done()
 
     def retire(self, uint64_t position, uint64_t dropped, uint64_t dead):
-        """The sink copy settled() so: tail and books of the source copy follow, who waits for room is woken. Old news is ignored.
+        """The sink copy settled() so: tail and books of the source copy follow, who waits for room is woken. Old news
+        is ignored.
 
         Raises:
             MirrorRefused: the source copy has no such position or books (code "bad-position"); nothing was changed.
@@ -132,14 +134,15 @@ cdef class Mirrored(Taker):
             rc = up_retire(&self.r, position, dropped, dead)
             self._unlock_consumers(before)
             if rc != UP_OK:
-                raise MirrorRefused("bad-position", f"queue {self.label} cannot be finished up to {position} with {dropped} "
-                                    f"dropped and {dead} dead: its tail is {up_position(before)}, it sent up to "
+                raise MirrorRefused("bad-position", f"queue {self.label} cannot be finished up to {position} with "
+                                    f"{dropped} dropped and {dead} dead: its tail is {up_position(before)}, it sent up to "
                                     f"{UP_LD(&self.r.c.next)}; the sink copy is one of another queue or epoch")
         finally:
             self._done()
 
     def landing(self, uint64_t offset, uint64_t most):
-        """Writable ring memory `offset` bytes behind the head of a sink copy: up to `most` bytes, less when there is no more room."""
+        """Writable ring memory `offset` bytes behind the head of a sink copy: up to `most` bytes, less when there is no
+        more room."""
         cdef _Pin pin = _Pin()
         cdef uint64_t room
         self._begin()
@@ -154,7 +157,8 @@ cdef class Mirrored(Taker):
             self._done()
 
     def publish(self, uint64_t landed):
-        """`landed` bytes were received behind head: the whole frames among them can be taken from now on. Returns their bytes.
+        """`landed` bytes were received behind head: the whole frames among them can be taken from now on. Returns their
+        bytes.
 
         Raises:
             MirrorRefused: these are no frames for these positions (code "malformed"); nothing was changed.
@@ -167,8 +171,8 @@ cdef class Mirrored(Taker):
             rc = up_publish_landed(&self.r, landed, &published, &frames)
             up_unlock(self.r.c.producer_lock)
             if rc != UP_OK:
-                raise MirrorRefused("malformed", f"what was received for queue {self.label} behind position {self.head} is no frame, "
-                                    "of another version, or does not fit; nothing of it was kept")
+                raise MirrorRefused("malformed", f"what was received for queue {self.label} behind position "
+                                    f"{self.head} is no frame, of another version, or does not fit; nothing was kept")
             if frames:
                 up_wake_consumers(&self.r, frames)
                 if self.r.c.policy >= UP_POLICY_LATEST:
@@ -200,7 +204,7 @@ cdef class Mirrored(Taker):
                 span -= piece
                 self._skip_padding()
             if rc != UP_OK:
-                raise MirrorRefused("malformed", f"a hole behind position {self.head} of queue {self.label} has no room")
+                raise MirrorRefused("malformed", f"a hole behind {self.head} of queue {self.label} has no room")
             up_wake_consumers(&self.r, 1)
         finally:
             self._done()

@@ -76,7 +76,8 @@ class MemQ(_ring.Ring):
         inode = os.fstat(handle).st_ino
         try:
             label = f"{session.path.name}/{path.name}"
-            self._create(handle, capacity, POLICIES[policy], max_frames, options, str(session.path.parent), label, start)
+            root = str(session.path.parent)
+            self._create(handle, capacity, POLICIES[policy], max_frames, options, root, label, start)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
