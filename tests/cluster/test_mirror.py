@@ -18,6 +18,7 @@ import uvloop
 from aiohttp import web
 
 from tests.cluster.proxy import Proxy
+from tests.memq.helpers import FORK, kill
 from upipe import MemQ
 from upipe.cluster import pulse
 from upipe.cluster.gate import Tail
@@ -256,6 +257,61 @@ async def test_links_cut_at_any_byte_and_ends_replaced_lose_and_repeat_nothing(p
         stop.set()
         proxy.cut()
         await dialling
+
+
+@pytest.fixture
+def child():
+    """start(function, *args) -> a forked process, killed at the end if it still runs."""
+    started = []
+
+    def start(function, *args):
+        process = FORK.Process(target=function, args=args)
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.is_alive():
+            process.kill()
+        process.join()
+        process.close()
+
+
+def run_agent(source: str, sink: str) -> None:
+    """A process with both ends of a mirror in it, over a connection to itself, until it is killed."""
+
+    async def agent() -> None:
+        sending, receiving = MirrorSource(MemQ.attach(source), "m", 1), MirrorSink(MemQ.attach(sink), "m", 1)
+        async with server(lambda link: link.add(receiving)) as own:
+            link = await dial("127.0.0.1", own, "/m")
+            link.add(sending)
+            await link.closed
+
+    asyncio.run(agent())
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+async def test_kill_9_of_the_agents_pauses_the_flow_and_the_next_goes_on_by_position(pairs, child):
+    pair, values, chance = pairs(), mixed(4000), random.Random(1)
+    copy = pair.fresh_copy()
+    copy.mirror_sink(1)
+    emitting, found = asyncio.create_task(emit(pair, values)), []
+    while len(found) < len(values):
+        process = child(run_agent, pair.source.name, copy.name)
+        for _ in range(min(chance.randrange(200, 900), len(values) - len(found))):
+            found.append(await copy.aget())
+        kill(process)
+        for q in (pair.source, copy):
+            q.recover_dead()
+    await emitting
+    child(run_agent, pair.source.name, copy.name)
+    await until(lambda: pair.source.stats().in_flight == 0)
+    await until(lambda: copy.ended)
+    assert same(found, values)
+    assert balanced(pair)
+    assert copy.stats().redelivered == 0
 
 
 async def test_a_silent_link_is_noticed_within_five_seconds(pairs, monkeypatch):

@@ -28,7 +28,7 @@ from upipe.cluster.records import (
     decode_header,
     encode,
 )
-from upipe.errors import MirrorRefused
+from upipe.errors import MirrorRefused, UpipeError
 
 CHUNK = 1 << 20
 """Bytes of ring that one turn sends. Larger ones cost fewer calls, and let the others wait longer."""
@@ -147,7 +147,12 @@ class Link(asyncio.BufferedProtocol):
             if self._paused or not self._ready or self.closed.done():
                 return
             endpoint = self._ready.popleft()
-            if endpoint.turn(self) and self._endpoints.get(endpoint.key) is endpoint and endpoint not in self._ready:
+            try:
+                more = endpoint.turn(self)
+            except UpipeError as error:  # a lock is held by a stopped process: the next link tries again
+                self.close(str(error))
+                return
+            if more and self._endpoints.get(endpoint.key) is endpoint and endpoint not in self._ready:
                 self._ready.append(endpoint)
         if self._ready and not self._paused and not self._pumping:
             self._pumping = True
@@ -214,14 +219,14 @@ class Link(asyncio.BufferedProtocol):
 
     def buffer_updated(self, count: int) -> None:
         self._pulse.heard(self._loop.time())
-        if self._direct:
-            self._landed(count)
-            return
-        self._filled += count
         try:
+            if self._direct:
+                self._landed(count)
+                return
+            self._filled += count
             used = self._parse()
-        except MirrorRefused as refused:
-            self.close(refused.message)
+        except UpipeError as error:
+            self.close(str(error))
             return
         rest = self._filled - used
         if used and rest:

@@ -201,6 +201,8 @@ class MirrorSource(_MirrorEnd):
             return False
         if not self._run and not self._fetch(link):
             return False
+        if not self._run:
+            return True  # a hole was told
         chunk = self._run[:CHUNK]
         self._run = self._run[CHUNK:]
         header = data_header(self.key, self.machine.cursor, len(chunk))
@@ -213,7 +215,7 @@ class MirrorSource(_MirrorEnd):
         return True
 
     def _fetch(self, link: Link) -> bool:
-        """Fill the run. False when there is nothing to send, and a bell or a timer will tell when there is."""
+        """Fill the run, or tell a hole. False when there is nothing to send, and a bell or a timer will tell when there is."""
         found = self.ring.outgoing(self.machine.cursor, CHUNK)
         if found is None:
             if self._frames >= MANY:
@@ -229,7 +231,7 @@ class MirrorSource(_MirrorEnd):
         if view is None:
             link.say(Skip(self.key, self.machine.cursor, end - self.machine.cursor))
             self._do(self.machine.sent(end))
-            return self._fetch(link)
+            return True
         self._frames += frames
         self._run = view
         return True

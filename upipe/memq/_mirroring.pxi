@@ -135,8 +135,8 @@ cdef class Mirrored(Taker):
             self._unlock_consumers(before)
             if rc != UP_OK:
                 raise MirrorRefused("bad-position", f"queue {self.label} cannot be finished up to {position} with "
-                                    f"{dropped} dropped and {dead} dead: its tail is {up_position(before)}, it sent up to "
-                                    f"{UP_LD(&self.r.c.next)}; the sink copy is one of another queue or epoch")
+                                    f"{dropped} dropped and {dead} dead: its tail is {up_position(before)}, it sent "
+                                    f"up to {UP_LD(&self.r.c.next)}; the sink copy is one of another queue or epoch")
         finally:
             self._done()
 
