@@ -215,7 +215,7 @@ class MirrorSource(_MirrorEnd):
         return True
 
     def _fetch(self, link: Link) -> bool:
-        """Fill the run, or tell a hole. False when there is nothing to send, and a bell or a timer will tell when there is."""
+        """Fill the run, or tell a hole. False when there is nothing to send; a bell or a timer tells when there is."""
         found = self.ring.outgoing(self.machine.cursor, CHUNK)
         if found is None:
             if self._frames >= MANY:
