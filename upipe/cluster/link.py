@@ -4,7 +4,7 @@ same.
 What comes for a sink is received straight into its ring (BufferedProtocol); what a source sends is handed over as ring
 memory. A mirror that has something to send waits in a queue for its turn; a turn is one CHUNK, so that a small one is
 never far behind a large one. While the transport has something left to write nobody gets a turn: so what is copied and
-kept by it is bounded by a chunk.
+kept by it is bounded by a chunk (over plain TCP nothing is copied, see outlet.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol, cast
 
+from upipe.cluster.outlet import PlainOutlet
 from upipe.cluster.pulse import Beat, Pulse
 from upipe.cluster.records import (
     DATA,
@@ -91,6 +92,7 @@ class Link(asyncio.BufferedProtocol):
         self._hellos: dict[int, Hello] = {}
         self._ready: deque[Endpoint] = deque()
         """Who wants a turn; each at most once."""
+        self._outlet: PlainOutlet | None = None
         self._paused = self._pumping = False
         self._pulse = Pulse(self._loop.time())
         self._timer: asyncio.TimerHandle | None = None
@@ -130,8 +132,12 @@ class Link(asyncio.BufferedProtocol):
 
     def write(self, data: bytes | memoryview) -> None:
         """Send bytes; the memory must stay as it is until the other end has answered for it."""
-        if self._transport is not None and not self._transport.is_closing():
+        if self._transport is None or self._transport.is_closing():
+            return
+        if self._outlet is None:
             self._transport.write(data)
+        elif not self._outlet.write(data):
+            self._paused = True
 
     def wants(self, endpoint: Endpoint) -> None:
         """The endpoint has something to send."""
@@ -164,6 +170,8 @@ class Link(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
         # What it could not send at once ends the turns. Not 0: TLS would take an empty buffer for a full one.
         self._transport.set_write_buffer_limits(high=1)
+        if transport.get_extra_info("ssl_object") is None and not self._transport.get_write_buffer_size():
+            self._outlet = PlainOutlet(self._transport, self.resume_writing, self._write_failed)
         self._beat()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -176,14 +184,21 @@ class Link(asyncio.BufferedProtocol):
         )
         if self._timer is not None:
             self._timer.cancel()
+        if self._outlet is not None:
+            self._outlet.close()
         for endpoint in list(self._endpoints.values()):
             self.remove(endpoint)
 
     def close(self, why: str = "closed by this end") -> None:
         """End the connection now; what was not sent yet is sent again on the next one. Idempotent."""
         self._why = self._why or why
+        if self._outlet is not None:
+            self._outlet.close()
         if self._transport is not None:
             self._transport.abort()
+
+    def _write_failed(self, error: OSError) -> None:
+        self.close(f"{type(error).__name__}: {error}")
 
     def pause_writing(self) -> None:
         self._paused = True
