@@ -1,8 +1,9 @@
-"""How a link writes. Over TLS by its transport; over plain TCP past it, from ring memory into the socket without a copy.
+"""How a link writes. Over TLS by its transport; over plain TCP past it, from ring memory into the socket without a
+copy.
 
-A selector transport copies what the socket does not take at once, which is most of a large chunk when the other end is the
-slower one. The outlet keeps the memory itself, on a second descriptor of the connection, and calls back when all is sent.
-"""
+A selector transport copies what the socket does not take at once, which is most of a large chunk when the other end is
+the slower one. The outlet keeps the memory itself, on a second descriptor of the connection, and calls back when all is
+sent. """
 
 from __future__ import annotations
 
