@@ -25,6 +25,7 @@ from upipe.cluster.gate import Tail
 from upipe.cluster.link import Link
 from upipe.cluster.mirror import LINGER, MirrorSink, MirrorSource
 from upipe.cluster.records import DATA, Hello, data_header, encode, mirror_key
+from upipe.cluster.tail_watch import TailWatch
 from upipe.cluster.upgrade import UpgradeRefused, accept, dial
 from upipe.errors import EndOfStream, MirrorRefused, QueueError
 
@@ -463,7 +464,7 @@ async def test_an_idle_mirror_does_nothing(pairs, monkeypatch):
         calls = []
         await asyncio.sleep(5 * LINGER)  # the last glances of both ends are over
         monkeypatch.setattr(type(source), "_rung", lambda _: calls.append("source"))
-        monkeypatch.setattr(type(sink), "_watch", lambda _: calls.append("sink"))
+        monkeypatch.setattr(TailWatch, "_look", lambda _: calls.append("sink"))
         await asyncio.sleep(20 * LINGER)
         assert calls == []
         link.close()

@@ -46,6 +46,7 @@ from upipe.cluster.records import (
     encode,
     mirror_key,
 )
+from upipe.cluster.tail_watch import STEP, TailWatch
 from upipe.errors import MirrorRefused
 from upipe.memq._ring import fingerprint
 from upipe.memq.queue import MemQ
@@ -56,8 +57,6 @@ LINGER = 0.001
 """Seconds until a source looks again after a run of MANY frames, instead of being rung: small frames then travel
 together, and their producers do not ring for each. A single frame is sent at once."""
 MANY = 16
-STEP = 16
-"""A sink tells what is finished when another 1/STEP of the ring is, or after LINGER."""
 
 
 def _ignore(*_: object) -> None:
@@ -70,7 +69,7 @@ class _MirrorEnd:
     machine: Source | Sink
     role = 0
 
-    def __init__(self, ring: MemQ, name: str, producer: int) -> None:
+    def __init__(self, ring: MemQ, name: str) -> None:
         self.name = name
         self.key = mirror_key(name)
         self.ring = ring
@@ -79,9 +78,6 @@ class _MirrorEnd:
         self._loop = asyncio.get_running_loop()
         self._links: dict[int, Link] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._producer = producer
-        self._bell = ring.bell(producer)
-        self._loop.add_reader(self._bell.fd, self._rung)
 
     def connected(self, link: Link) -> None:
         self._links[link.number] = link
@@ -99,10 +95,10 @@ class _MirrorEnd:
             link.remove(self)  # type: ignore[arg-type]
         if self._timer is not None:
             self._timer.cancel()
-        self._loop.remove_reader(self._bell.fd)
+        self._sleep_no_more()
         self.ring.close()
 
-    def _rung(self) -> None:
+    def _sleep_no_more(self) -> None:
         raise NotImplementedError
 
     def _do(self, commands: list[Command]) -> None:
@@ -173,7 +169,9 @@ class MirrorSource(_MirrorEnd):
         """Ring bytes from the cursor on, which are not sent yet."""
         self._frames = 0
         """Sent since the source last had nothing to send."""
-        super().__init__(ring, name, 0)
+        super().__init__(ring, name)
+        self._bell = ring.bell(0)
+        self._loop.add_reader(self._bell.fd, self._rung)
 
     @property
     def received(self) -> int:
@@ -240,6 +238,9 @@ class MirrorSource(_MirrorEnd):
         if self.ring.stream_closed and self.machine.end != self.ring.head:
             self._do(self.machine.ends(self.ring.head))
 
+    def _sleep_no_more(self) -> None:
+        self._loop.remove_reader(self._bell.fd)
+
     def _rung(self) -> None:
         self._bell.drain()
         link = self._links.get(self.machine.link) if self.machine.link is not None else None
@@ -292,10 +293,8 @@ class MirrorSink(_MirrorEnd):
         self.gated = gated
         self._ends = producer
         self._told: tuple[int, int, bool] = (-1, -1, False)
-        self._seen = -1
-        self._glancing = False
-        super().__init__(ring, name, 1)
-        self._watch()
+        super().__init__(ring, name)
+        self._tails = TailWatch(ring, self._moved)
 
     @property
     def settled(self) -> Tail:
@@ -366,31 +365,13 @@ class MirrorSink(_MirrorEnd):
             self._told = now
             link.write(encode(machine.progress(self.key)))
 
-    def _rung(self) -> None:
-        self._bell.drain()
-        self._watch()
+    def _sleep_no_more(self) -> None:
+        self._tails.close()
 
-    def _watch(self) -> None:
-        """See how far consumers are; sleep until they finished a step more, or anything when they finished nothing
-        lately."""
-        tail = self.ring.settled()
-        step = 0 if tail[0] == self._seen else self.ring.capacity // STEP
-        if tail[0] != self._seen:
-            self._seen = tail[0]
-            self.on_settled(self)
-            if not self.gated:
-                self.allow(Tail(*tail))
-            if not self._glancing:
-                self._glancing = True
-                self._loop.call_later(LINGER, self._glance)
-        self.ring.arm_tail(self._seen + step if step else 0)
-        if self.ring.settled()[0] >= self._seen + max(step, 1):
-            self._loop.call_soon(self._glance)
-
-    def _glance(self) -> None:
-        self._glancing = False
-        if not self.ring.is_closed:
-            self._watch()
+    def _moved(self, settled: tuple[int, int, int]) -> None:
+        self.on_settled(self)
+        if not self.gated and not self.ring.is_closed:
+            self.allow(Tail(*settled))
 
     def _one(self, command: Command) -> None:
         match command:
