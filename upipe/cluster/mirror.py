@@ -216,8 +216,8 @@ class MirrorSource(_MirrorEnd):
         """Fill the run, or tell a hole. False when there is nothing to send; a bell or a timer tells when there is."""
         found = self.ring.outgoing(self.machine.cursor, CHUNK)
         if found is None:
-            if self._frames >= MANY:
-                self._frames = 0
+            many, self._frames = self._frames >= MANY, 0
+            if many:
                 self._timer = self._loop.call_later(LINGER, self._rung)
                 return False
             self.ring.arm(0)
