@@ -16,6 +16,7 @@
     |   |-- SegmentRefused  (PermissionError) the file belongs to someone else or is open to others
     |   |-- OutOfSharedMemory (OSError)       /dev/shm cannot hold the queue; nothing was created
     |   |-- TooManyParticipants               all participant slots of the queue are in use
+    |   |-- MirrorRefused                     a copy of a queue does not fit what another node sent; carries a code
     |   `-- QueueStuck      (TimeoutError)    another process holds a lock of the queue past the deadline
     |-- PipeError                             about a running pipe
     |   |-- NotInWorker                       Processor.connect() outside a worker
@@ -121,6 +122,22 @@ class TooManyParticipants(QueueError):
 
 class QueueStuck(QueueError, TimeoutError):
     """A live process holds a lock of the queue past the deadline (stopped or swapped out)."""
+
+
+class MirrorRefused(QueueError):
+    """What a mirror was asked to do does not fit its copy of the queue; nothing was changed.
+
+    Attributes:
+        code: one word for machines: stale-epoch, bad-position, malformed ...
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        self.code = code
+        self.message = message
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return (type(self), (self.code, self.message))
 
 
 class PipeError(UpipeError):

@@ -399,6 +399,8 @@ static void case_attach(void) {
     close_pair(p);
 }
 
+static void case_mirror_refuses(void), case_mirror_drops(void), case_mirror_after_readers(void); /* ring_mirror.h */
+
 static void run_cases(void) {
     static const struct { const char *name; void (*run)(void); } cases[] = {
         {"wake goes on", case_wake_goes_on}, {"wake behind", case_wake_behind}, {"window", case_window},
@@ -406,6 +408,7 @@ static void run_cases(void) {
         {"closed writer", case_closed_writer}, {"proof of death", case_proof_of_death}, {"alive", case_alive},
         {"one recovery", case_one_recovery}, {"verdict", case_verdict}, {"replace", case_replace},
         {"replace lengths", case_replace_lengths}, {"dead sleeper", case_dead_sleeper}, {"attach", case_attach},
+        {"mirror refuses", case_mirror_refuses}, {"mirror drops", case_mirror_drops}, {"mirror after readers", case_mirror_after_readers},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         printf("  %s\n", cases[i].name);

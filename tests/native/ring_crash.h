@@ -273,7 +273,7 @@ static int run_life(uint64_t seed) {
         member *m = calloc(1, sizeof *m);
         up_ring base = {0};
         armed(0, 1);
-        CHECK(up_create(&base, fd, 4096, UP_POLICY_BLOCK, 0, UP_OPT_SUPERVISED) == UP_OK, "create");
+        CHECK(up_create(&base, fd, 4096, UP_POLICY_BLOCK, 0, UP_OPT_SUPERVISED, 0) == UP_OK, "create");
         join(m, &base, seed, 0);
         CHECK(up_auto_producer(&m->r) == UP_OK, "producer");
         (void)put(m, 0);
@@ -329,6 +329,8 @@ static void set_plan(int i, const char *point, int budget) {
     atomic_store(&book->plans[i].hits, 0);
 }
 
+static int run_play(uint64_t seed, uint64_t start, uint32_t policy); /* ring_mirror.h */
+
 /* At each point named, in every drill. Deaths inside a lock, with a claim and with a frame come with each, so that repairs and
  * recoveries are passed as well. */
 static void run_points(int n, char **points, uint64_t seed) {
@@ -349,6 +351,11 @@ static void run_points(int n, char **points, uint64_t seed) {
                 set_plan(0, points[p], 3);
                 for (int h = 0; h < 4; h++) set_plan(h + 1, helpers[h], strcmp(helpers[h], points[p]) ? 1 : 0);
                 kills += run_drill(&drills[k], seed = mix(seed), 0);
+                hits += atomic_load(&book->plans[0].hits);
+            }
+            for (uint32_t policy = UP_POLICY_BLOCK; policy <= UP_POLICY_LATEST; policy += UP_POLICY_LATEST) {
+                set_plan(0, points[p], 3);
+                kills += (uint32_t)run_play(seed = mix(seed), policy ? 0 : 1 << 20, policy);
                 hits += atomic_load(&book->plans[0].hits);
             }
         }

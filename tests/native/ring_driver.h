@@ -153,12 +153,16 @@ static void leave(member *m) {
     for (int k = 0; k < 2; k++) close(m->bell[k]);
 }
 
-static int make_ring(up_ring *r, uint64_t capacity, uint32_t policy, uint64_t max_frames) {
+static int make_ring_at(up_ring *r, uint64_t capacity, uint32_t policy, uint64_t max_frames, uint64_t start) {
     int fd = memfd_create("ring", MFD_CLOEXEC);
     CHECK(fd >= 0 && ftruncate(fd, (off_t)up_total(capacity)) == 0, "memfd");
     memset(r, 0, sizeof *r);
-    CHECK(up_create(r, fd, capacity, policy, max_frames, UP_OPT_SUPERVISED) == UP_OK, "create");
+    CHECK(up_create(r, fd, capacity, policy, max_frames, UP_OPT_SUPERVISED, start) == UP_OK, "create");
     return fd;
+}
+
+static int make_ring(up_ring *r, uint64_t capacity, uint32_t policy, uint64_t max_frames) {
+    return make_ring_at(r, capacity, policy, max_frames, 0);
 }
 
 /* ------------------------------------------------------------------ waiting */

@@ -33,6 +33,8 @@ static inline int up_advance(up_ring *r) {
     UP_STR(&now->aborted, UP_LD(&was->aborted) + ended[UP_ABORTED]);
     UP_STR(&now->frames, UP_LD(&was->frames) + ended[UP_FINISHED] + ended[UP_DROPPED] + ended[UP_DEAD] + ended[UP_ABORTED]);
     UP_STR(&now->bytes, UP_LD(&was->bytes) + (pos - from));
+    UP_STR(&now->far_dropped, UP_LD(&was->far_dropped));
+    UP_STR(&now->far_dead, UP_LD(&was->far_dead));
     UP_CRASH("advance");
     UP_STR(&c->tail, pos | new_); /* SYNC tail */
     UP_CRASH("advanced");
@@ -81,10 +83,15 @@ static inline int up_peek(up_ring *r, uint64_t *pos, uint64_t *span) {
     }
 }
 
+static inline int up_mirrored(up_ring *r) { /* a source copy: its frames are read where its sink copy is */
+    return __builtin_expect(UP_LD(&r->c->mirror) == UP_MIRROR_SOURCE, 0);
+}
+
 /* Take the next frame: redelivered ones first. */
 static inline int up_take(up_ring *r, uint64_t *pos) {
     up_control *c = r->c;
     uint64_t span;
+    if (up_mirrored(r)) return UP_EMPTY;
     if (__builtin_expect(UP_LD(&c->redeliver) != 0, 0) && up_take_available(r, pos) == UP_OK) return UP_OK;
     int rc = up_peek(r, pos, &span);
     if (rc != UP_OK) return rc;
@@ -102,6 +109,7 @@ static inline int up_take(up_ring *r, uint64_t *pos) {
 static inline int up_consume(up_ring *r, up_frame *out) {
     up_control *c = r->c;
     uint64_t pos, span;
+    if (up_mirrored(r)) return UP_EMPTY;
     if (__builtin_expect(UP_LD(&c->redeliver) != 0, 0)) return UP_TOOBIG;
     int rc = up_peek(r, &pos, &span);
     if (rc != UP_OK) return rc;

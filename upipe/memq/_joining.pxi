@@ -42,9 +42,9 @@ cdef class Handle:
         _handles.add(self)
 
     def _create(self, int fd, uint64_t capacity, int policy, uint64_t max_frames, uint32_t options, str root,
-                str label):
+                str label, uint64_t start=0):
         """Format the file behind fd and map it."""
-        if up_create(&self.r, fd, capacity, policy, max_frames, options) != UP_OK:
+        if up_create(&self.r, fd, capacity, policy, max_frames, options, start) != UP_OK:
             raise OSError(errno, f"cannot map queue {label}: {os.strerror(errno)}")
         self._opened(root, label)
 
@@ -131,11 +131,18 @@ cdef class Handle:
         cdef int rc
         if self.r.producer == UP_NONE:
             self._enter()
+            self._not_a_copy()
             with nogil:
                 rc = up_auto_producer(&self.r)
             self._unstuck(rc)
             if rc != UP_OK:
                 raise TooManyParticipants(f"queue {self.label} has {UP_PRODUCERS} open producers, the most it can have")
+        return 0
+
+    cdef int _not_a_copy(self) except -1:
+        if self.r.c.mirror == UP_MIRROR_SINK:
+            raise QueueError(f"queue {self.label} is the copy of a queue on another node; only its mirror writes it. "
+                             "Put into the queue there")
         return 0
 
     def close(self):

@@ -6,7 +6,7 @@
 #define UP_MAGIC 0x00514d4550495075ull
 #define UP_VERSION 1
 #define UP_FRAME_MAGIC 0x5055
-#define UP_FINGERPRINT 0x3ea67516u
+#define UP_FINGERPRINT 0xc5fe2a3du
 #define UP_GRANULE 64
 #define UP_CONTROL_BYTES 4096
 #define UP_SLOTS 512
@@ -30,7 +30,8 @@ typedef struct up_books {
     uint64_t dropped; /* tail: ended DROPPED; head: refused on arrival by a drop policy */
     uint64_t dead; /* tail: ended DEAD (in the dead letters) */
     uint64_t aborted; /* tail: ended ABORTED (never a frame: an unfinished write) */
-    uint8_t pad0_[16];
+    uint64_t far_dropped; /* tail: of dropped, how many the sink copy of this epoch told */
+    uint64_t far_dead; /* tail: of dead, how many the sink copy of this epoch told */
 } up_books;
 _Static_assert(sizeof(up_books) == 64, "up_books");
 _Static_assert(offsetof(up_books, frames) == 0, "up_books.frames");
@@ -39,6 +40,8 @@ _Static_assert(offsetof(up_books, finished) == 16, "up_books.finished");
 _Static_assert(offsetof(up_books, dropped) == 24, "up_books.dropped");
 _Static_assert(offsetof(up_books, dead) == 32, "up_books.dead");
 _Static_assert(offsetof(up_books, aborted) == 40, "up_books.aborted");
+_Static_assert(offsetof(up_books, far_dropped) == 48, "up_books.far_dropped");
+_Static_assert(offsetof(up_books, far_dead) == 56, "up_books.far_dead");
 
 typedef struct up_claims {
     uint64_t position; /* where its latest claim starts */
@@ -148,17 +151,18 @@ typedef struct up_control {
     uint64_t redelivered; /* frames given back so far (statistic) */
     uint64_t corrupt; /* frames refused for their CRC (statistic) */
     uint64_t taken; /* frames taken so far (statistic) */
+    uint32_t mirror; /* 0 none, 1 source copy (taken by its mirror only), 2 sink copy (written so) */
     uint32_t consumer_cpu; /* 1 + CPU of the last take: a producer on the same one does not spin */
-    uint8_t pad2_[12];
+    uint64_t mirror_epoch; /* number of the pair of copies; guarded by consumer_lock as mirror is */
     uint64_t tail; /* position before which everything is finished | selector of tail_books */
-    uint8_t pad3_[56];
+    uint8_t pad2_[56];
     up_books tail_books[2]; /* frames that tail passed, by how they ended; the selected one is true */
     uint64_t consumers_waiting[8]; /* bit per slot: asleep until a frame comes */
     uint64_t producers_waiting[8]; /* bit per slot: asleep until there is room */
     uint64_t max_depth; /* most bytes in use seen at a claim (statistic) */
     uint64_t full_waits; /* times a producer slept for room (statistic) */
     uint64_t empty_waits; /* times a consumer slept for a frame (statistic) */
-    uint8_t pad4_[3176];
+    uint8_t pad3_[3176];
 } up_control;
 _Static_assert(sizeof(up_control) == 4096, "up_control");
 _Static_assert(offsetof(up_control, magic) == 0, "up_control.magic");
@@ -186,7 +190,9 @@ _Static_assert(offsetof(up_control, redeliver) == 528, "up_control.redeliver");
 _Static_assert(offsetof(up_control, redelivered) == 536, "up_control.redelivered");
 _Static_assert(offsetof(up_control, corrupt) == 544, "up_control.corrupt");
 _Static_assert(offsetof(up_control, taken) == 552, "up_control.taken");
-_Static_assert(offsetof(up_control, consumer_cpu) == 560, "up_control.consumer_cpu");
+_Static_assert(offsetof(up_control, mirror) == 560, "up_control.mirror");
+_Static_assert(offsetof(up_control, consumer_cpu) == 564, "up_control.consumer_cpu");
+_Static_assert(offsetof(up_control, mirror_epoch) == 568, "up_control.mirror_epoch");
 _Static_assert(offsetof(up_control, tail) == 576, "up_control.tail");
 _Static_assert(offsetof(up_control, tail_books) == 640, "up_control.tail_books");
 _Static_assert(offsetof(up_control, consumers_waiting) == 768, "up_control.consumers_waiting");

@@ -2,6 +2,7 @@
  *
  * Include this file; the parts include each other downwards only:
  *
+ *     _mirror.h      the two copies of a queue over two nodes: send, retire; receive, publish
  *     _members.h     who takes part: slots, producers and ends of stream, recovery of the dead
  *     _policies.h    how a newcomer without room gets it (beside the two above)
  *     _lock.h        the three robust locks, and what is mended when a holder died
@@ -18,6 +19,7 @@
  *                                 \-> AVAILABLE -> TAKEN ...      (given back, or its holder died)
  *                COMMITTED -> DROPPED                             (drop policies)
  *                COMMITTED -> gone                                (drop policy without room: head moves back over it, up_retract)
+ *     mirror:    COMMITTED -> AVAILABLE                           (a source copy that is read here again; else it stays COMMITTED)
  *
  * Order of positions: tail <= next <= head <= tail + capacity, all multiples of 64 and monotonic (but for up_retract).
  *
@@ -46,7 +48,7 @@
 #ifndef UPIPE_RING_H
 #define UPIPE_RING_H
 
-#include "_members.h"
+#include "_mirror.h"
 #include "_policies.h"
 
 #endif

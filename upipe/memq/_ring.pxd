@@ -27,6 +27,8 @@ cdef extern from "_ring.h" nogil:
         uint64_t dropped
         uint64_t dead
         uint64_t aborted
+        uint64_t far_dropped
+        uint64_t far_dead
 
     ctypedef struct up_slot:
         uint32_t pid
@@ -65,6 +67,8 @@ cdef extern from "_ring.h" nogil:
         uint64_t redelivered
         uint64_t corrupt
         uint64_t taken
+        uint32_t mirror
+        uint64_t mirror_epoch
         uint64_t tail
         up_books tail_books[2]
         uint64_t consumers_waiting[8]
@@ -99,10 +103,11 @@ cdef extern from "_ring.h" nogil:
 
     enum:
         UP_OK, UP_FULL, UP_EMPTY, UP_END, UP_TOOBIG, UP_STUCK, UP_NOTYOURS, UP_REFUSED, UP_NOSLOT, UP_ALIVE, UP_SYSTEM
-        UP_FOREIGN, UP_OTHERVERSION, UP_TRUNCATED
+        UP_FOREIGN, UP_OTHERVERSION, UP_TRUNCATED, UP_STALE
         UP_POLICY_BLOCK, UP_POLICY_DROP_OLDEST, UP_POLICY_LATEST, UP_POLICY_DISCARD
         UP_OPT_NO_PICKLE, UP_OPT_NO_CRC, UP_OPT_SUPERVISED
         UP_FLAG_INLINE, UP_FLAG_REPLY, UP_FLAG_ERROR, UP_FLAG_SHAPE
+        UP_MIRROR_SINK, UP_STREAM_CLOSED
         UP_PRODUCER_DECLARED, UP_PRODUCER_OPEN, UP_PRODUCER_CLOSED
     const uint32_t UP_CLAIMED, UP_COMMITTED, UP_TAKEN, UP_AVAILABLE, UP_FINISHED, UP_DEAD, UP_ABORTED
     const uint32_t UP_NONE, UP_SLOTS, UP_PRODUCERS, UP_GRANULE, UP_VERSION, UP_FRAME_MAGIC
@@ -120,7 +125,8 @@ cdef extern from "_ring.h" nogil:
     void up_bell_forget()
     void up_bell_child()
     void up_bell_drain(int fd)
-    int up_create(up_ring *r, int fd, uint64_t capacity, uint32_t policy, uint64_t max_frames, uint32_t options)
+    int up_create(up_ring *r, int fd, uint64_t capacity, uint32_t policy, uint64_t max_frames, uint32_t options,
+                  uint64_t start)
     int up_attach(up_ring *r, int fd, uint32_t *found)
     void up_unmap(up_ring *r)
     int up_trylock(up_ring *r, uint64_t *area)
@@ -143,6 +149,16 @@ cdef extern from "_ring.h" nogil:
     int up_peek(up_ring *r, uint64_t *pos, uint64_t *span)
     int up_take(up_ring *r, uint64_t *pos)
     int up_advance(up_ring *r)
+    int up_mirror_source(up_ring *r, uint64_t epoch)
+    int up_mirror_sink(up_ring *r, uint64_t epoch)
+    void up_mirror_local(up_ring *r)
+    int up_is_boundary(up_ring *r, uint64_t pos)
+    int up_outgoing(up_ring *r, uint64_t cursor, uint64_t most, uint64_t *end, uint64_t *frames)
+    int up_retire(up_ring *r, uint64_t pos, uint64_t dropped, uint64_t dead)
+    uint64_t up_landing_room(up_ring *r)
+    int up_publish_landed(up_ring *r, uint64_t landed, uint64_t *published, uint64_t *frames)
+    int up_publish_hole(up_ring *r, uint64_t span)
+    void up_drop_arrived(up_ring *r)
     int up_consume(up_ring *r, up_frame *out)
     int up_finish(up_ring *r, uint64_t pos, uint32_t kind)
     int up_give_back(up_ring *r, uint64_t pos)
@@ -169,4 +185,5 @@ cdef extern from "_ring.h" nogil:
     uint32_t up_crc32_header(const void *h, uint32_t crc)
     uint64_t UP_LD(uint64_t *p)
     uint64_t UP_LDA(uint64_t *p)
+    uint32_t UP_LDA32 "UP_LDA"(uint32_t *p)
     void UP_PAUSE()

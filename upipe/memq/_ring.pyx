@@ -35,6 +35,7 @@ from upipe.errors import (
     FrameCorrupt,
     FrameError,
     FrameTooLarge,
+    MirrorRefused,
     QueueClosed,
     QueueError,
     QueueStuck,
@@ -169,6 +170,7 @@ include "_joining.pxi"
 include "_sleeping.pxi"
 include "_putting.pxi"
 include "_taking.pxi"
+include "_mirroring.pxi"
 include "_watching.pxi"
 include "_views.pxi"
 include "_fan.pxi"

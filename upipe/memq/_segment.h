@@ -35,11 +35,14 @@ enum {
     UP_FOREIGN = -11,
     UP_OTHERVERSION = -12,
     UP_TRUNCATED = -13,
+    UP_STALE = -14,     /* a mirror of a later epoch was here */
+    UP_MALFORMED = -15, /* what came from another node is no run of frames; nothing was changed */
 };
 enum { UP_POLICY_BLOCK = 0, UP_POLICY_DROP_OLDEST = 1, UP_POLICY_LATEST = 2, UP_POLICY_DISCARD = 3 };
 enum { UP_OPT_NO_PICKLE = 1, UP_OPT_NO_CRC = 2, UP_OPT_SUPERVISED = 4 };
 enum { UP_FLAG_INLINE = 1, UP_FLAG_REPLY = 2, UP_FLAG_ERROR = 4, UP_FLAG_SHAPE = 8 };
 enum { UP_PRODUCER_UNUSED = 0, UP_PRODUCER_DECLARED = 1, UP_PRODUCER_OPEN = 2, UP_PRODUCER_CLOSED = 3 };
+enum { UP_MIRROR_NONE = 0, UP_MIRROR_SOURCE = 1, UP_MIRROR_SINK = 2 };
 enum { UP_STREAM_NEW = 0, UP_STREAM_OPEN = 1, UP_STREAM_CLOSED = 2 };
 #define UP_NONE 0xffffffffu
 
@@ -204,8 +207,10 @@ static int up_lock_init(uint64_t *area) {
     return rc ? UP_SYSTEM : UP_OK;
 }
 
-/* Format a fresh, zeroed file of up_total(capacity) bytes. The magic is written last: nobody attaches to half a queue. */
-static int up_create(up_ring *r, int fd, uint64_t capacity, uint32_t policy, uint64_t max_frames, uint32_t options) {
+/* Format a fresh, zeroed file of up_total(capacity) bytes; its stream begins at position `start`, a multiple of 64. The magic
+ * is written last: nobody attaches to half a queue. */
+static int up_create(up_ring *r, int fd, uint64_t capacity, uint32_t policy, uint64_t max_frames, uint32_t options,
+                     uint64_t start) {
     int rc = up_map(r, fd, capacity);
     if (rc != UP_OK) return rc;
     up_control *c = r->c;
@@ -217,6 +222,7 @@ static int up_create(up_ring *r, int fd, uint64_t capacity, uint32_t policy, uin
     c->options = options;
     c->policy = policy;
     c->created = up_now_ns(CLOCK_REALTIME);
+    c->head = c->last = c->cached_head = c->next = c->tail = c->cached_tail = up_position(start);
     if (up_lock_init(c->registry_lock) || up_lock_init(c->producer_lock) || up_lock_init(c->consumer_lock)) {
         up_unmap(r);
         return UP_SYSTEM;

@@ -3,11 +3,12 @@
 cdef class _Pin:
     """Keeps a Ring mapped for as long as an array or a memoryview refers to its bytes."""
     cdef Ring ring
-    cdef uint8_t *data            # for bytes: what the buffer protocol gives, read-only
+    cdef uint8_t *data            # for bytes: what the buffer protocol gives
     cdef Py_ssize_t size
+    cdef bint writable            # where a mirror receives
 
     def __getbuffer__(self, Py_buffer *view, int flags):
-        PyBuffer_FillInfo(view, self, self.data, self.size, 1, flags)
+        PyBuffer_FillInfo(view, self, self.data, self.size, not self.writable, flags)
 
 
 cdef class Reservation:

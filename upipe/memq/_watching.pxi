@@ -1,7 +1,7 @@
 # Ring: views of its memory; watching, ending, recovering.
 
 
-cdef class Ring(Taker):
+cdef class Ring(Mirrored):
     """One handle of one queue (see MemQ, which adds names, files and pickling).
 
     A handle belongs to its process; in a forked child it joins the queue again by itself. Threads and tasks may share
@@ -127,6 +127,7 @@ cdef class Ring(Taker):
         """Bind this handle to a declared producer id, in its life number `epoch`."""
         cdef int rc
         self._enter()
+        self._not_a_copy()
         with nogil:
             rc = up_use_producer(&self.r, id, epoch)
         self._unstuck(rc)

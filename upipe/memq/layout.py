@@ -85,7 +85,9 @@ CONTROL = (
     Field(536, "uint64_t", "redelivered", 0, "frames given back so far (statistic)"),
     Field(544, "uint64_t", "corrupt", 0, "frames refused for their CRC (statistic)"),
     Field(552, "uint64_t", "taken", 0, "frames taken so far (statistic)"),
-    Field(560, "uint32_t", "consumer_cpu", 0, "1 + CPU of the last take: a producer on the same one does not spin"),
+    Field(560, "uint32_t", "mirror", 0, "0 none, 1 source copy (taken by its mirror only), 2 sink copy (written so)"),
+    Field(564, "uint32_t", "consumer_cpu", 0, "1 + CPU of the last take: a producer on the same one does not spin"),
+    Field(568, "uint64_t", "mirror_epoch", 0, "number of the pair of copies; guarded by consumer_lock as mirror is"),
     Field(576, "uint64_t", "tail", 0, "position before which everything is finished | selector of tail_books"),
     Field(640, "up_books", "tail_books", 2, "frames that tail passed, by how they ended; the selected one is true"),
     Field(768, "uint64_t", "consumers_waiting", 8, "bit per slot: asleep until a frame comes"),
@@ -102,6 +104,8 @@ BOOKS = (
     Field(24, "uint64_t", "dropped", 0, "tail: ended DROPPED; head: refused on arrival by a drop policy"),
     Field(32, "uint64_t", "dead", 0, "tail: ended DEAD (in the dead letters)"),
     Field(40, "uint64_t", "aborted", 0, "tail: ended ABORTED (never a frame: an unfinished write)"),
+    Field(48, "uint64_t", "far_dropped", 0, "tail: of dropped, how many the sink copy of this epoch told"),
+    Field(56, "uint64_t", "far_dead", 0, "tail: of dead, how many the sink copy of this epoch told"),
 )
 
 SLOT = (

@@ -38,6 +38,7 @@ class MemQ(_ring.Ring):
         allow_pickle: False refuses values that need pickle, on both sides.
         check_crc: False skips the CRC32 of payload and header.
         name: a label for attach(); unique in this process.
+        start: position at which the stream begins, a multiple of 64: not 0 in the copy of a queue of another node.
 
     Owner: the process that creates it. Its session, with the segment, goes at its exit; after kill -9 at a sweep.
     A process that dies holding a frame or a claim is found by pidfd, and its frames are delivered again.
@@ -57,11 +58,14 @@ class MemQ(_ring.Ring):
         check_crc: bool = True,
         name: str | None = None,
         supervised: bool = False,
+        start: int = 0,
     ) -> None:
         if policy not in POLICIES:
             raise ValueError(f"policy is one of {', '.join(POLICIES)}, not {policy!r}")
         if max_frames < 0 or producers < 0:
             raise ValueError(f"max_frames and producers are 0 or more, not {max_frames} and {producers}")
+        if start < 0 or start % 64:
+            raise ValueError(f"start is a multiple of 64, not {start}")
         if name is not None:
             segment.check_label(name)
         capacity, total = _ring.segment_bytes(size)
@@ -73,7 +77,8 @@ class MemQ(_ring.Ring):
         inode = os.fstat(handle).st_ino
         try:
             label = f"{session.path.name}/{path.name}"
-            self._create(handle, capacity, POLICIES[policy], max_frames, options, str(session.path.parent), label)
+            root = str(session.path.parent)
+            self._create(handle, capacity, POLICIES[policy], max_frames, options, root, label, start)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
