@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.memq.helpers import FORK
 from upipe.memq import segment
 
 if segment._session is None and "UPIPE_SHM" not in os.environ:  # other programs come and go in the usual root
@@ -27,3 +28,22 @@ def same_process() -> Iterator[None]:
     assert os.environ.get("UPIPE_SHM") == _ROOT, "a test changed UPIPE_SHM and did not restore it"
     session = segment._session
     assert session is None or session.path.parent == segment.root(), f"a test made the session in {session.path.parent}"
+
+
+@pytest.fixture
+def child():
+    """start(function, *args) -> a forked process, killed at the end if it still runs."""
+    started = []
+
+    def start(function, *args):
+        process = FORK.Process(target=function, args=args)
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.is_alive():
+            process.kill()
+        process.join()
+        process.close()

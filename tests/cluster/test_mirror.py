@@ -18,7 +18,7 @@ import uvloop
 from aiohttp import web
 
 from tests.cluster.proxy import Proxy
-from tests.memq.helpers import FORK, kill
+from tests.memq.helpers import kill
 from upipe import MemQ
 from upipe.cluster import pulse
 from upipe.cluster.gate import Tail
@@ -258,25 +258,6 @@ async def test_links_cut_at_any_byte_and_ends_replaced_lose_and_repeat_nothing(p
         stop.set()
         proxy.cut()
         await dialling
-
-
-@pytest.fixture
-def child():
-    """start(function, *args) -> a forked process, killed at the end if it still runs."""
-    started = []
-
-    def start(function, *args):
-        process = FORK.Process(target=function, args=args)
-        process.start()
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.is_alive():
-            process.kill()
-        process.join()
-        process.close()
 
 
 def run_agent(source: str, sink: str) -> None:

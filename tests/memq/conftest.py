@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.memq.helpers import FORK, Memory
+from tests.memq.helpers import Memory
 from upipe.memq.queue import MemQ
 
 
@@ -26,25 +26,6 @@ def queue():
     for q in made:
         q.close()
         q.unlink()
-
-
-@pytest.fixture
-def child():
-    """start(function, *args) -> a forked process, killed at the end if it still runs."""
-    started = []
-
-    def start(function, *args):
-        process = FORK.Process(target=function, args=args)
-        process.start()
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.is_alive():
-            process.kill()
-        process.join()
-        process.close()
 
 
 @pytest.fixture

@@ -146,13 +146,14 @@ cdef class Putter(Sleeper):
     cdef int _put(self, Out *o, list parts, double timeout) except -100:
         """Put, waiting up to timeout seconds (inf = for ever). UP_OK, UP_REFUSED or UP_FULL."""
         cdef Waiting w
-        cdef int rc
+        cdef int rc = self._try_put(o, parts)
+        if rc != UP_FULL:
+            return rc
         _waiting(&w, 1, up_need(o.m.size, o.m.flags), timeout)
         try:
-            while True:
+            while rc == UP_FULL and self._again(&w):
                 rc = self._try_put(o, parts)
-                if rc != UP_FULL or not self._again(&w):
-                    return rc
+            return rc
         finally:
             self._left(&w, 0)
 
@@ -186,7 +187,6 @@ cdef class Putter(Sleeper):
 
     cdef bint _send(self, value, int dtype, double timeout, uint64_t execution, uint32_t key, int flags) except -1:
         cdef Out o
-        cdef int rc
         self._begin()
         try:
             parts = _encode(value, dtype, &o, self.allow_pickle)
@@ -194,8 +194,7 @@ cdef class Putter(Sleeper):
             o.m.execution = execution
             o.m.key = key
             o.m.flags |= flags
-            rc = self._try_put(&o, parts)
-            return rc == UP_OK or rc == UP_REFUSED or self._put(&o, parts, timeout) != UP_FULL
+            return self._put(&o, parts, timeout) != UP_FULL
         finally:
             self._done()
 
