@@ -179,3 +179,14 @@ def test_every_writer_reaches_every_reader_and_what_a_living_node_holds_stays(hi
             (r.stream, r.reader, r.partition) for r in laid.lanes
         }
     assert laid is None or REPLIES in {lane.stream for lane in laid.lanes} or not laid.placement.nodes()
+
+
+def test_a_lane_that_gets_another_reader_is_another_pair_with_a_higher_number() -> None:
+    spec = PipeSpec("p", (one("a"), one("b")), (EdgeSpec("a", "b"),))
+    first = lay_out(spec, Placement({"a": ("1",), "b": ("2",)}), "")
+    lost = relay(spec, first, Placement({"a": ("1",), "b": ("",)}), ["2"])
+    back = relay(spec, lost, Placement({"a": ("1",), "b": ("2",)}))
+    pairs = [laid.of("e0-a-b")[0].pair for laid in (first, lost, back)]
+    assert [laid.of("e0-a-b")[0].reader for laid in (first, lost, back)] == ["2", "", "2"]
+    assert pairs == sorted(set(pairs)), "each higher than before"
+    assert relay(spec, back, back.placement) == back, "and the same as long as nothing changes"

@@ -61,6 +61,9 @@ class Lane(msgspec.Struct, frozen=True):
     """Index of the worker that alone reads it (keyed edges); -1: all on the reader's node."""
     open: bool = True
     """Producers write into it. False: it drains."""
+    pair: int = 0
+    """Number of this pair of copies, for the epoch of its mirror: higher whenever it gets another reader, since that
+    one begins with a fresh copy."""
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -71,7 +74,7 @@ class Layout(msgspec.Struct, frozen=True):
     placement: Placement
     lanes: tuple[Lane, ...] = ()
     made: int = 0
-    """Lanes made so far: the next one's number."""
+    """Lanes and pairs made so far: the next one's number."""
 
     def of(self, stream: str) -> tuple[Lane, ...]:
         """The lanes of a stream."""
@@ -113,9 +116,13 @@ def relay(spec: PipeSpec, old: Layout, placement: Placement, gone: Iterable[str]
         now = [_retarget(lane, readers, left) for lane in left]
         now = list(_closed(now, writers))
         for home, partition, reader in _wanted(stream, writers, readers, now):
-            now.append(Lane(f"{stream.name}-r{made}", stream.name, home, reader, partition))
+            now.append(Lane(f"{stream.name}-r{made}", stream.name, home, reader, partition, pair=made))
             made += 1
-        lanes += now
+        readers_before = {lane.name: lane.reader for lane in old.of(stream.name)}
+        for lane in now:
+            if lane.reader != readers_before.get(lane.name, lane.reader):
+                lane, made = msgspec.structs.replace(lane, pair=made), made + 1
+            lanes.append(lane)
     return Layout(client, placement, tuple(lanes), made)
 
 

@@ -46,6 +46,8 @@ class MirrorPlan(msgspec.Struct, frozen=True):
     """Node of the copy."""
     dialer: str
     """Which of the two opens the connection: a client always does, since nobody reaches it; else the lower id."""
+    epoch: int = 1
+    """Of this pair of copies, from 1: a higher one has a fresh sink copy."""
 
 
 class NodePlan(msgspec.Struct, frozen=True):
@@ -141,7 +143,7 @@ def node_plan(
 
 def _mirror(lane: Lane, client: str) -> MirrorPlan:
     dialer = client if client in (lane.home, lane.reader) else min(lane.home, lane.reader)
-    return MirrorPlan(f"{lane.name}@{lane.reader}", lane.name, lane.home, lane.reader, dialer)
+    return MirrorPlan(f"{lane.name}@{lane.reader}", lane.name, lane.home, lane.reader, dialer, lane.pair + 1)
 
 
 class _Parts:
@@ -214,7 +216,7 @@ What = str
 STEPS: tuple[What, ...] = (
     "promote",  # a sink copy becomes the home: its mirror ends first, by whoever keeps it
     "make",  # a queue; a home gets its HOLD
-    "mirror",  # a mirror begins, or goes on with another epoch
+    "mirror",  # a mirror begins, or another epoch of it with a fresh copy
     "rewire",  # a worker that stays gets the queues it shall use
     "discard",  # nobody reads it any more
     "start",  # a worker
@@ -244,7 +246,7 @@ def rewire(old: NodePlan | None, new: NodePlan | None) -> tuple[Step, ...]:
     found: list[Step] = []
     _queue_steps(found, _queues(old), _queues(new))
     before, after = _mirrors(old), _mirrors(new)
-    found += [Step("mirror", name) for name in after if name not in before or _epoch(old) != _epoch(new)]
+    found += [Step("mirror", name) for name, mirror in after.items() if mirror != before.get(name)]
     found += [Step("unmirror", name) for name in before if name not in after]
     _worker_steps(found, old, new)
     rank = {what: number for number, what in enumerate(STEPS)}
@@ -289,7 +291,3 @@ def _mirrors(plan: NodePlan | None) -> dict[str, MirrorPlan]:
 
 def _workers(plan: NodePlan | None) -> dict[str, WorkerPlan]:
     return {f"{one.processor}#{one.index}": one for one in plan.workers} if plan else {}
-
-
-def _epoch(plan: NodePlan | None) -> int:
-    return plan.epoch if plan else 0
