@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from upipe.cluster import routes, tls, wire
+from upipe.cluster import dealings, messages, routes, tls, wire
 from upipe.cluster.audit import Audit
 from upipe.cluster.client import Client, Target
 from upipe.cluster.guard import Policy
@@ -22,6 +22,7 @@ from upipe.cluster.listen import Limits
 from upipe.cluster.routes import Bytes, Route
 from upipe.cluster.server import Call, Handler, Server, refuse
 from upipe.cluster.token import Secret
+from upipe.graph.spec import PipeSpec
 
 QUICK = Limits(linger_seconds=0.02)
 SECRET = Secret(bytes(range(32)))
@@ -30,19 +31,25 @@ NODE = "00000000000000aa"
 CLIENT = tls.Identity("client", "00000000000000cc")
 PARAMETERS = {"sha256": "ab" * 32, "pipe": "words", "mirror": "words-a-b", "job": "j1", "node": NODE}
 
-INFO = wire.NodeInfo(NODE, "test", "0.1.0", 1, 1, "host", time.time())
-PIPE = wire.PipeInfo("words", "words", "running", 1, NODE)
-MIRROR = wire.MirrorInfo("words-a-b", "source", 1, 30, 20, 10)
+INFO = messages.NodeInfo(NODE, "test", ("127.0.0.1",), 7420, 1, version="0.1.0")
+STATUS = wire.NodeStatus(INFO, time.time())
+PIPE = wire.PipeInfo("words", "words", 1, NODE, dealings.TellClient("running"))
+SPEC = PipeSpec("words")
+GOSSIP = messages.Gossip(INFO, 0)
+MIRROR = wire.MirrorInfo("words-a-b", "source", 1, NODE, 30, 20, 10)
 JOB = wire.JobInfo("j1", "script", "running", NODE)
 ANSWERS: dict[type, Any] = {
-    wire.NodeInfo: INFO, wire.Members: wire.Members("test", ()), wire.Gossip: wire.Gossip(NODE), wire.Done: wire.Done(),
-    wire.Pipes: wire.Pipes((PIPE,)), wire.PipeInfo: PIPE, wire.Outcome: wire.Outcome(1), wire.MirrorInfo: MIRROR,
+    wire.NodeStatus: STATUS, wire.Members: wire.Members("test", ()), messages.Gossip: GOSSIP, wire.Done: wire.Done(),
+    messages.Accepted: messages.Accepted(GOSSIP), wire.Pipes: wire.Pipes((PIPE,)), wire.PipeInfo: PIPE,
+    wire.News: wire.News(1, dealings.TellClient("running")), wire.MirrorInfo: MIRROR,
     wire.Mirrors: wire.Mirrors((MIRROR,)), wire.Jobs: wire.Jobs((JOB,)), wire.JobInfo: JOB, Bytes: b"bytes",
 }  # fmt: skip
 BODIES: dict[type, Any] = {
-    wire.Stopping: wire.Stopping(), wire.Join: wire.Join(INFO, ("h:1",)), wire.Gossip: wire.Gossip(NODE),
-    wire.Leave: wire.Leave(NODE), wire.PipeRequest: wire.PipeRequest("words", {}), wire.Command: wire.Command(1, {}),
-    wire.Record: wire.Record("words", 1, NODE, {}), wire.JobRequest: wire.JobRequest("j", ("x.py",), "ab" * 32),
+    wire.Stopping: wire.Stopping(), messages.Join: messages.Join(INFO), messages.Gossip: GOSSIP,
+    messages.Relay: messages.Relay(NODE, GOSSIP), messages.Leave: messages.Leave(NODE, 1),
+    wire.PipeRequest: wire.PipeRequest("words", SPEC), wire.Orders: wire.Orders((1, 1)),
+    wire.Deal: wire.Deal(dealings.Accepted(NODE, (1, 1))), wire.Told: wire.Told(dealings.NodeReport(NODE, 1)),
+    wire.Attendance: wire.Attendance("00000000000000cc"), wire.JobRequest: wire.JobRequest("j", ("x.py",), "ab" * 32),
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import msgspec
 
 from upipe.cluster.layout import NodePlan
-from upipe.cluster.record import Books, Record
+from upipe.cluster.record import Books, Crew, Record
 from upipe.cluster.room import Node
 
 
@@ -44,6 +44,10 @@ class NodeReport(msgspec.Struct, frozen=True):
     """The client: the pipe's own input is closed."""
     failed: str = ""
     """The pipe cannot go on, with the reason."""
+    up: bool = False
+    """Every worker that the plan starts at once has been ready."""
+    crews: dict[str, Crew] = {}
+    """By processor; of the life of the keeper."""
 
 
 # ------------------------------------------------------------------ messages between agents
@@ -158,12 +162,17 @@ class Arrange(msgspec.Struct, frozen=True):
 
 
 class TellClient(msgspec.Struct, frozen=True):
-    """What the submitting process shall know: state, reasons, what waits for room; the books at the end."""
+    """What the submitting process shall know: state, reasons, what waits for room; books and crews, which are the
+    pipe's own at its end."""
 
     state: str
     reasons: tuple[str, ...] = ()
     waiting: str = ""
     books: dict[str, Books] = {}
+    """By stream."""
+    crews: dict[str, Crew] = {}
+    up: bool = False
+    """Every worker is ready, or was."""
 
 
 Command = Save | Send | Arrange | TellClient

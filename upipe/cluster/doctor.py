@@ -14,8 +14,8 @@ from typing import Literal, Protocol
 import msgspec
 
 from upipe.cluster.guard import exposed
+from upipe.cluster.messages import PROTOCOL, NodeInfo
 from upipe.cluster.tls import SKEW
-from upipe.cluster.wire import PROTOCOL, NodeInfo
 from upipe.settings import DEFAULT_EDGE_BYTES, MIB
 
 Level = Literal["ok", "warning", "problem"]
@@ -201,7 +201,7 @@ def peer(wanted: Wanted, seen: Peer, ours: Seen) -> Iterable[Finding]:
         level: Level = "problem" if seen.address in wanted.seeds else "warning"
         yield Finding(check, level, "it cannot be used", seen.address, seen.fault)
         return
-    yield Finding("TLS", "ok", f"node {info.node} proved itself", seen.address)
+    yield Finding("TLS", "ok", f"node {info.node_id} proved itself", seen.address)
     yield kind(wanted, seen.address, info, ours)
     yield clock(seen.address, seen.offset)
 
@@ -217,7 +217,7 @@ def kind(wanted: Wanted, address: str, info: NodeInfo, ours: Seen) -> Finding:
             f"(protocol {PROTOCOL}, layout {ours.layout})"
         )
         return Finding("peer", "problem", what, address, "install the same version on both")
-    told = f"cluster {info.cluster}, uPipe {info.version}, {info.state}"
+    told = f"cluster {info.cluster}, uPipe {info.version}, {'draining' if info.draining else 'alive'}"
     if info.version != ours.version:
         return Finding(
             "peer", "warning", f"{told}; here is {ours.version}", address, "install the same version on both"

@@ -13,8 +13,8 @@ def judge(own: NodeInfo, other: NodeInfo) -> Refused | None:
             f"node {other.node_id} at {_where(other)} belongs to cluster {other.cluster!r}, this node to "
             f"{own.cluster!r}; give both the same --cluster, or remove it from --join",
         )
-    if other.protocol != own.protocol:
-        older = other if other.protocol < own.protocol else own
+    if (other.protocol, other.layout) != (own.protocol, own.layout):
+        older = min(other, own, key=lambda one: (one.protocol, one.layout))
         return Refused(
             "protocol-version",
             f"node {other.node_id} at {_where(other)} runs uPipe {_version(other)}, this node {_version(own)}; "
@@ -35,7 +35,7 @@ def _same(own: NodeInfo, other: NodeInfo) -> bool:
 
 
 def _version(info: NodeInfo) -> str:
-    return f"{info.version or 'of unknown version'} (protocol {info.protocol})"
+    return f"{info.version or 'of unknown version'} (protocol {info.protocol}, layout {info.layout})"
 
 
 def _where(info: NodeInfo) -> str:

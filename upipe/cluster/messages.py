@@ -16,6 +16,7 @@ import msgspec
 
 from upipe.cluster.address import Address
 from upipe.errors import MessageInvalid
+from upipe.memq.layout import LAYOUT_VERSION
 
 PROTOCOL = 1
 """Version of what nodes say to each other. Nodes of different versions refuse each other at the handshake."""
@@ -74,6 +75,8 @@ class NodeInfo(msgspec.Struct, frozen=True):
     protocol: Count = PROTOCOL
     version: Text = ""
     """uPipe's version, for people."""
+    layout: Count = LAYOUT_VERSION
+    """Of queues in shared memory: nodes of different ones cannot mirror, and refuse each other too."""
     fingerprint: Text = ""
     """SHA-256 of its public key, as hexadecimal digits. A hint: TLS proves, this only tells early."""
     labels: Annotated[dict[Name, Text], msgspec.Meta(max_length=64)] = {}

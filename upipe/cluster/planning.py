@@ -17,7 +17,7 @@ from upipe.cluster.dealings import NodeReport, QueueState
 from upipe.cluster.lanes import Lane, Layout, Stream, prune, relay, streams
 from upipe.cluster.layout import NodePlan, node_plan
 from upipe.cluster.placement import Placement, Seat, Unplaceable, place
-from upipe.cluster.record import DRAINING, ENDED, MOST_MEMBERS, RUNNING, Books, Record
+from upipe.cluster.record import DRAINING, ENDED, MOST_MEMBERS, RUNNING, Books, Crew, Record
 from upipe.cluster.room import Node
 from upipe.graph.plan import ANY, PIPE, REPLIES, RESULTS
 
@@ -52,7 +52,7 @@ def planned(record: Record, view: View) -> Planned:
     if failed or view.client_gone:
         state = "failed" if failed else "stopped"
         reasons = failed or ("the process that submitted it is gone",)
-        return Planned(msgspec.structs.replace(record, state=state, reasons=reasons))
+        return Planned(ended(record, state, view.reports.values(), reasons))
     step = _Step(record, view)
     step.note_ended()
     step.evict()
@@ -148,7 +148,9 @@ class _Step:
         }
         known = {node: since for node, since in self.record.evicted.items() if node not in obeyed}
         fresh = sorted(self.lost & set(self.layout.nodes()) - set(known))
-        self._change(evicted={**known, **dict.fromkeys(fresh, self.record.revision + 1)})
+        gone = [report for node in fresh if (report := self.view.reports.get(node))]
+        crews = _sum(self.record.crews, (report.crews for report in gone))
+        self._change(evicted={**known, **dict.fromkeys(fresh, self.record.revision + 1)}, crews=crews)
 
     def place(self) -> None:
         before = self.before
@@ -239,7 +241,7 @@ class _Step:
             return
         left = [lane for name in (RESULTS, REPLIES) for lane in self.layout.of(name)]
         if all(self._queue(lane.home, lane.name).settled for lane in left if lane.reader):
-            self._change(state="completed")
+            self.record = ended(self.record, "completed", self.view.reports.values())
 
     # ------------------------------------------------------------------ members
 
@@ -251,8 +253,18 @@ class _Step:
         self._change(members=tuple(sorted((*staying, *more[: max(0, MOST_MEMBERS - len(staying))]))))
 
 
+def ended(record: Record, state: str, reports: Iterable[NodeReport], reasons: tuple[str, ...] = ()) -> Record:
+    """The record of a pipe that is over, with its books closed."""
+    known = tuple(reports)
+    reasons = (*record.reasons, *reasons)
+    books, all_crews = totals(record, known), crews(record, known)
+    return msgspec.structs.replace(record, state=state, reasons=reasons, books=books, crews=all_crews)
+
+
 def totals(record: Record, reports: Iterable[NodeReport]) -> dict[str, Books]:
     """The books of each stream, over all its queues there are and were."""
+    if record.state in ENDED:
+        return record.books
     found = dict(record.books)
     by_node = {report.node: report for report in reports}
     for lane in record.layout.lanes:
@@ -262,4 +274,19 @@ def totals(record: Record, reports: Iterable[NodeReport]) -> dict[str, Books]:
     return found
 
 
-__all__ = ["DRAINING", "RUNNING", "Planned", "View", "moving", "planned", "plans", "totals"]
+def crews(record: Record, reports: Iterable[NodeReport]) -> dict[str, Crew]:
+    """The crew of each processor, over all nodes; of those that are lost as far as it was told."""
+    if record.state in ENDED:
+        return record.crews
+    return _sum(record.crews, (report.crews for report in reports if report.node not in record.evicted))
+
+
+def _sum(first: Mapping[str, Crew], others: Iterable[Mapping[str, Crew]]) -> dict[str, Crew]:
+    found = dict(first)
+    for other in others:
+        for name, crew in other.items():
+            found[name] = found.get(name, Crew()) + crew
+    return found
+
+
+__all__ = ["DRAINING", "RUNNING", "Planned", "View", "crews", "ended", "moving", "planned", "plans", "totals"]

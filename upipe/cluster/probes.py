@@ -173,10 +173,11 @@ async def _ask(address: str, secret: Secret, credentials: tls.Credentials) -> Pe
         try:
             await client.call(routes.NODE, seconds=PEER_SECONDS, attempts=1)  # opens the connection
             began = time.time()
-            info = await client.call(routes.NODE, seconds=PEER_SECONDS, attempts=1)
-            offset = info.now - (began + time.time()) / 2
+            status = await client.call(routes.NODE, seconds=PEER_SECONDS, attempts=1)
+            offset = status.now - (began + time.time()) / 2
             members = await client.call(routes.MEMBERS, seconds=PEER_SECONDS, attempts=1)
         except ClusterError as error:
             return Peer(address, error=type(error).__name__, fault=str(error))
-    known = tuple(one.addresses[0] for one in members.members if one.addresses and one.node != info.node)
-    return Peer(address, info, offset, known)
+    others = (one.info for one in members.members if one.info.node_id != status.info.node_id)
+    known = tuple(str(one.addresses[0]) for one in others if one.addresses)
+    return Peer(address, status.info, offset, known)

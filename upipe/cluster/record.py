@@ -33,14 +33,54 @@ class Books(msgspec.Struct, frozen=True):
     finished: int = 0
     dead: int = 0
     dropped: int = 0
+    aborted: int = 0
+    """Padding that writers who died left; not among the emitted."""
+    redelivered: int = 0
+    bytes: int = 0
+    """Payload bytes emitted."""
 
     def __add__(self, other: Books) -> Books:
-        return Books(
-            self.emitted + other.emitted,
-            self.finished + other.finished,
-            self.dead + other.dead,
-            self.dropped + other.dropped,
-        )
+        pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True)
+        return Books(*(mine + theirs for mine, theirs in pairs))
+
+
+class Crew(msgspec.Struct, frozen=True):
+    """The workers of a processor on a node, or on several, over all their lives."""
+
+    workers: int = 0
+    """That run now."""
+    restarts: int = 0
+    cpu_seconds: float = 0.0
+    """Of those that ended."""
+    letters: int = 0
+    """Dead letters that lie there."""
+
+    def __add__(self, other: Crew) -> Crew:
+        pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True)
+        return Crew(*(mine + theirs for mine, theirs in pairs))
+
+
+class Shipment(msgspec.Struct, frozen=True):
+    """What the nodes of a pipe need beside its spec: contents by SHA-256, held by the node it was submitted to."""
+
+    code: dict[str, str] = {}
+    """Pickled Bundle by processor."""
+    scripts: dict[str, str] = {}
+    """Entry script by processor."""
+    modules: tuple[str, ...] = ()
+    """Zip archives of the submitter's own modules, put before sys.path in this order."""
+    packages: dict[str, str] = {}
+    """Installed packages that the code imports, with their versions there; a node that lacks one says so."""
+    python: str = ""
+    """Python of the submitter, such as "3.11": pickled functions run on the same one only."""
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """All hashes, each once."""
+        return tuple(sorted({*self.code.values(), *self.scripts.values(), *self.modules}))
+
+
+NO_SHIPMENT = Shipment()
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -72,7 +112,10 @@ class Record(msgspec.Struct, frozen=True):
     """running, draining, completed, failed or stopped."""
     reasons: tuple[str, ...] = ()
     books: dict[str, Books] = {}
-    """By stream, of queues that are gone."""
+    """By stream, of queues that are gone; of all of them once the pipe ended."""
+    crews: dict[str, Crew] = {}
+    """By processor, of nodes that are gone; of all of them once the pipe ended."""
+    shipment: Shipment = NO_SHIPMENT
 
     @property
     def fence(self) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
 
-from upipe.cluster import wire
+from upipe.cluster import messages, wire
 from upipe.settings import KIB, MIB
 
 Request = TypeVar("Request")
@@ -22,7 +22,7 @@ Answer = TypeVar("Answer")
 PARAMETERS: dict[str, str] = {
     "sha256": wire.SHA256,
     "pipe": wire.NAME,
-    "mirror": wire.NAME,
+    "mirror": "[A-Za-z0-9][A-Za-z0-9._@:-]{0,199}",
     "job": wire.NAME,
     "node": wire.NODE_ID,
 }
@@ -102,7 +102,7 @@ class Route(Generic[Request, Answer]):
 NOTHING = type(None)
 
 # ---- this node, and what it knows of the others
-NODE = Route("GET", "/v1/node", "node", NOTHING, wire.NodeInfo, "What this node is, has and runs.")
+NODE = Route("GET", "/v1/node", "node", NOTHING, wire.NodeStatus, "What this node is, has and runs.")
 DRAIN_NODE = Route(
     "POST",
     "/v1/node/drain",
@@ -117,26 +117,48 @@ JOIN = Route(
     "POST",
     "/v1/members/join",
     "join",
-    wire.Join,
-    wire.Members,
+    messages.Join,
+    messages.Accepted,
     "Take a node into the cluster.",
     changes=True,
     node_only=True,
+    most_answer=MIB,
 )
 PING = Route(
     "POST",
     "/v1/members/ping",
     "ping",
-    wire.Gossip,
-    wire.Gossip,
+    messages.Gossip,
+    messages.Gossip,
     "Are you there, and what is new?",
     changes=True,
     node_only=True,
     most=MIB,
+    most_answer=MIB,
+    seconds=2.0,
+)
+RELAY = Route(
+    "POST",
+    "/v1/members/relay",
+    "relay",
+    messages.Relay,
+    messages.Gossip,
+    "Ping that one for me.",
+    changes=True,
+    node_only=True,
+    most=MIB,
+    most_answer=MIB,
     seconds=2.0,
 )
 LEAVE = Route(
-    "POST", "/v1/members/leave", "leave", wire.Leave, wire.Done, "A node goes, properly.", changes=True, node_only=True
+    "POST",
+    "/v1/members/leave",
+    "leave",
+    messages.Leave,
+    wire.Done,
+    "A node goes, properly.",
+    changes=True,
+    node_only=True,
 )
 
 # ---- pipes
@@ -149,7 +171,6 @@ SUBMIT = Route(
     wire.PipeInfo,
     "Run a pipe; this node coordinates it.",
     changes=True,
-    again=False,
     most=4 * MIB,
     seconds=60.0,
     status=201,
@@ -168,29 +189,71 @@ DRAIN = Route(
     changes=True,
     seconds=60.0,
 )
-RECORD = Route(
-    "PUT",
-    "/v1/pipes/{pipe}/record",
-    "record",
-    wire.Record,
+DEAL = Route(
+    "POST",
+    "/v1/pipes/{pipe}/deal",
+    "deal",
+    wire.Deal,
     wire.Done,
-    "Keep a copy of a pipe's record.",
+    "What agents say to each other about a pipe's record.",
     changes=True,
     node_only=True,
     most=8 * MIB,
 )
-COMMAND = Route(
+ORDERS = Route(
     "POST",
-    "/v1/pipes/{pipe}/keeper",
-    "command",
-    wire.Command,
-    wire.Outcome,
-    "A command to the pipe's keeper here.",
+    "/v1/pipes/{pipe}/orders",
+    "orders",
+    wire.Orders,
+    wire.Done,
+    "What this node shall do for a pipe, from its coordinator.",
     changes=True,
-    again=False,
     node_only=True,
     most=8 * MIB,
+)
+REPORT = Route(
+    "POST",
+    "/v1/pipes/{pipe}/report",
+    "report",
+    wire.Told,
+    wire.Done,
+    "How a pipe is on a node, told to its coordinator.",
+    changes=True,
+    node_only=True,
+    most=8 * MIB,
+)
+ATTEND = Route(
+    "POST",
+    "/v1/pipes/{pipe}/attend",
+    "attend",
+    wire.Attendance,
+    wire.News,
+    "The submitting process asks what there is for it.",
+    changes=True,
+    most=8 * MIB,
+    seconds=30.0,
+)
+LETTERS = Route(
+    "GET",
+    "/v1/pipes/{pipe}/letters",
+    "letters",
+    NOTHING,
+    Bytes,
+    "Dead letters that lie on this node.",
+    most_answer=1024 * MIB,
     seconds=60.0,
+    media="application/octet-stream",
+)
+OUTPUT = Route(
+    "GET",
+    "/v1/pipes/{pipe}/output",
+    "output",
+    NOTHING,
+    Bytes,
+    "What the workers here printed so far and print, until the pipe has left.",
+    most_answer=1024 * MIB,
+    seconds=3600.0,
+    media="text/plain; charset=utf-8",
 )
 
 # ---- code and queues
@@ -239,7 +302,6 @@ RUN_JOB = Route(
     wire.JobInfo,
     "Run a script.",
     changes=True,
-    again=False,
     most=MIB,
     seconds=60.0,
     status=201,

@@ -34,8 +34,8 @@ from upipe.cluster.dealings import (
 )
 from upipe.cluster.lanes import lay_out
 from upipe.cluster.placement import Placement, Unplaceable, place
-from upipe.cluster.planning import View, planned, plans, totals
-from upipe.cluster.record import DRAINING, ENDED, MOST_MEMBERS, RUNNING, Record
+from upipe.cluster.planning import View, crews, ended, planned, plans, totals
+from upipe.cluster.record import DRAINING, ENDED, MOST_MEMBERS, NO_SHIPMENT, RUNNING, Record, Shipment
 from upipe.cluster.room import Node
 from upipe.graph.spec import PipeSpec
 
@@ -71,12 +71,15 @@ class Scheduler:
         self._arranged: tuple[int, int] | None = None
         """Fence of the record that the nodes have been told of. Set only while coordinating."""
         self._told: TellClient | None = None
+        """Without books and crews, which change all the time."""
+        self._was_up = False
         self._resend_at: float | None = None
         self._run_at: float | None = None
 
     @classmethod
     def submit(
-        cls, me: str, id: str, spec: PipeSpec, nodes: Iterable[Node], client: str, now: float  # noqa: A002
+        cls, me: str, id: str, spec: PipeSpec, nodes: Iterable[Node], client: str, now: float,  # noqa: A002
+        shipment: Shipment = NO_SHIPMENT,
     ) -> tuple[Scheduler, list[Command]] | Unplaceable:
         """Begin to coordinate a new pipe, submitted to this agent.
 
@@ -85,6 +88,7 @@ class Scheduler:
             spec: valid, also for cluster_problems().
             nodes: agents that are alive, this one among them.
             client: node id of the submitting process; "" when it does not stay.
+            shipment: what its nodes need beside the spec.
 
         Returns:
             The scheduler with its first commands, or why the pipe cannot run.
@@ -95,7 +99,8 @@ class Scheduler:
             return found
         others = [node.id for node in alive if node.id != me and not node.draining]
         members = tuple(sorted((me, *others[: MOST_MEMBERS - 1])))
-        record = Record(id, spec, 1, 1, me, members, me, lay_out(spec, Placement(found.seats), client), wanted=found)
+        record = Record(id, spec, 1, 1, me, members, me, lay_out(spec, Placement(found.seats), client), wanted=found,
+            shipment=shipment)
         made = cls(me, record)
         made.up = {node.id: node for node in alive}
         made._changed = False
@@ -190,6 +195,8 @@ class Scheduler:
             return record
         if self._wish == DRAINING and record.state != RUNNING:
             return record
+        if self._wish in ENDED:
+            return ended(record, self._wish, self.reports.values())
         return msgspec.structs.replace(record, state=self._wish)
 
     def _arrange(self, behind: bool = False) -> list[Command]:
@@ -206,13 +213,20 @@ class Scheduler:
         return list(found)
 
     def _tell(self) -> list[Command]:
-        record = self.record
-        books = totals(record, self.reports.values()) if record.state in ENDED else {}
-        told = TellClient(record.state, record.reasons, self.waiting, books)
-        if told == self._told or (self._told is not None and self._told.state in ENDED):
+        told = self.telling()
+        short = msgspec.structs.replace(told, books={}, crews={})
+        if short == self._told or (self._told is not None and self._told.state in ENDED):
             return []
-        self._told = told
+        self._told = short
         return [told]
+
+    def telling(self) -> TellClient:
+        """What the submitting process would be told now."""
+        record, reports = self.record, self.reports.values()
+        now = [self.reports.get(node) for node in record.layout.placement.nodes()]
+        self._was_up = self._was_up or all(report is not None and report.up for report in now)
+        books = totals(record, reports)
+        return TellClient(record.state, record.reasons, self.waiting, books, crews(record, reports), self._was_up)
 
     # ------------------------------------------------------------------ time
 

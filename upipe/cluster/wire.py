@@ -6,13 +6,16 @@ Frames do not travel here, they go over mirrors.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-PROTOCOL = 1
-"""Version of what nodes say to each other; nodes of different ones refuse each other at join."""
+from upipe.cluster.dealings import Message, NodeReport, TellClient
+from upipe.cluster.layout import NodePlan
+from upipe.cluster.messages import NodeInfo
+from upipe.cluster.record import Shipment
+from upipe.graph.spec import PipeSpec
 
 NODE_ID = "[0-9a-f]{16}"
 SHA256 = "[0-9a-f]{64}"
@@ -42,84 +45,56 @@ class Done(msgspec.Struct, frozen=True):
     """It was done, and there is nothing more to say."""
 
 
-class NodeInfo(msgspec.Struct, frozen=True):
-    """What a node says of itself."""
+class NodeStatus(msgspec.Struct, frozen=True):
+    """What a node says of itself to tools."""
 
-    node: NodeId
-    cluster: Name
-    version: Text
-    """Of uPipe."""
-    protocol: int
-    """Of messages between nodes: differing ones are refused at join."""
-    layout: int
-    """Of queues in shared memory: differing ones cannot be mirrored."""
-    host: Text
+    info: NodeInfo
     now: float
     """Its clock, seconds since 1970."""
-    state: Text = "alive"
-    resources: dict[str, float] = {}
-    labels: dict[str, str] = {}
+    pipes: Annotated[tuple[Name, ...], Meta(max_length=4096)] = ()
+    """Of which it has workers or queues."""
 
 
 class Member(msgspec.Struct, frozen=True):
     """A node as another one sees it."""
 
-    node: NodeId
-    addresses: Annotated[tuple[Address, ...], Meta(max_length=64)]
+    info: NodeInfo
     state: Text
-    incarnation: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    why: Text = ""
 
 
 class Members(msgspec.Struct, frozen=True):
     """All nodes that a node knows, itself among them."""
 
-    cluster: Name
+    cluster: Text
     members: Annotated[tuple[Member, ...], Meta(max_length=4096)]
-
-
-class Join(msgspec.Struct, frozen=True):
-    """I am this node: take me in."""
-
-    info: NodeInfo
-    addresses: Annotated[tuple[Address, ...], Meta(max_length=64)]
-
-
-class Gossip(msgspec.Struct, frozen=True):
-    """I live, and this is what changed as far as I know."""
-
-    sender: NodeId
-    members: Annotated[tuple[Member, ...], Meta(max_length=4096)] = ()
-    extra: dict[str, Any] = {}
-    """Loads, versions of records: of the membership machine."""
-
-
-class Leave(msgspec.Struct, frozen=True):
-    """A node goes, properly."""
-
-    node: NodeId
 
 
 class PipeRequest(msgspec.Struct, frozen=True):
     """Run this pipe."""
 
-    name: Name
-    spec: dict[str, Any]
+    id: Name
+    """Of this run, chosen by who submits, so that asking twice runs it once."""
+    spec: PipeSpec
     """The declared graph, without code."""
-    code: Annotated[tuple[Sha256, ...], Meta(max_length=4096)] = ()
-    """Contents that a node needs to run it; asked for one by one where they are missing."""
-    client: NodeId | None = None
+    shipment: Shipment = Shipment()
+    """The node must hold its contents already (put_code)."""
+    client: NodeId | Literal[""] = ""
     """The submitting process, when it emits or reads results."""
 
 
 class PipeInfo(msgspec.Struct, frozen=True):
-    """A pipe as its coordinator knows it."""
+    """A pipe as this node knows it."""
 
     pipe: Name
-    name: Name
-    state: Text
+    """Its id."""
+    name: Text
     epoch: Epoch
-    coordinator: NodeId
-    detail: dict[str, Any] = {}
+    coordinator: Text
+    told: TellClient
+    seats: dict[str, tuple[str, ...]] = {}
+    """Node id per worker, by processor."""
+    members: tuple[str, ...] = ()
 
 
 class Pipes(msgspec.Struct, frozen=True):
@@ -128,13 +103,51 @@ class Pipes(msgspec.Struct, frozen=True):
     pipes: tuple[PipeInfo, ...]
 
 
-class Record(msgspec.Struct, frozen=True):
-    """A pipe's record, from its coordinator to the members that keep copies."""
+class Deal(msgspec.Struct, frozen=True):
+    """What agents say to each other about a pipe's record."""
 
-    pipe: Name
-    epoch: Epoch
-    coordinator: NodeId
-    content: dict[str, Any]
+    message: Message
+
+
+class Orders(msgspec.Struct, frozen=True):
+    """From a pipe's coordinator to a node: be like that. Refused when `fence` is lower than the highest one seen."""
+
+    fence: tuple[int, int]
+    plan: NodePlan | None = None
+    """None: end everything of the pipe there."""
+    spec: PipeSpec | None = None
+    shipment: Shipment = Shipment()
+
+
+class Told(msgspec.Struct, frozen=True):
+    """From a node to a pipe's coordinator: this is how it is here."""
+
+    report: NodeReport
+
+
+class Attendance(msgspec.Struct, frozen=True):
+    """The submitting process asks what there is for it; answered at once when there is something new."""
+
+    client: NodeId
+    fence: tuple[int, int] = (0, 0)
+    """Of the orders that it follows."""
+    heard: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    """Number of the newest answer it has."""
+    report: NodeReport | None = None
+    patience: Annotated[float, Meta(ge=0, le=20)] = 10.0
+    """Seconds until it is answered when there is nothing new."""
+
+
+class News(msgspec.Struct, frozen=True):
+    """What the coordinator tells the submitting process."""
+
+    number: int
+    """Of this state of things; differs when something did."""
+    told: TellClient
+    orders: Orders | None = None
+    """When they are newer than those it follows."""
+    nodes: dict[str, tuple[str, ...]] = {}
+    """Addresses (HOST:PORT) of the nodes with a part of the pipe, and of those that keep its record."""
 
 
 class Stopping(msgspec.Struct, frozen=True):
@@ -142,20 +155,6 @@ class Stopping(msgspec.Struct, frozen=True):
 
     deadline: Annotated[float, Meta(ge=0, le=86_400)] = 30.0
     """Seconds until it is ended by force."""
-
-
-class Command(msgspec.Struct, frozen=True):
-    """From a pipe's coordinator to its keeper on this node; refused when `epoch` is lower than the highest one seen."""
-
-    epoch: Epoch
-    command: dict[str, Any]
-
-
-class Outcome(msgspec.Struct, frozen=True):
-    """What a keeper answers."""
-
-    epoch: Epoch
-    result: dict[str, Any] = {}
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -174,13 +173,23 @@ class Mirrors(msgspec.Struct, frozen=True):
 class MirrorInfo(msgspec.Struct, frozen=True):
     """Where one mirror stands, in ring positions."""
 
-    mirror: Name
+    mirror: Text
+    """Pipe and queue, and the node of its sink copy."""
     role: Text
+    """"source" or "sink": the end on this node."""
     epoch: Epoch
-    sent: int
+    peer: Text
+    """Node of the other end."""
+    head: int
+    """Everything before it is in the queue."""
     received: int
+    """Everything before it is in the sink copy too."""
     finished: int
+    """Everything before it is finished, and so is what came of it, as the source copy knows."""
+    lag_seconds: float = 0.0
+    """Age of the oldest frame that the sink copy has not; a sink does not know, and says 0."""
     state: Text = "open"
+    """"open", "cut" (no connection now), "ended" or "failed", with the reason."""
 
 
 class JobRequest(msgspec.Struct, frozen=True):
@@ -192,6 +201,8 @@ class JobRequest(msgspec.Struct, frozen=True):
     working_directory: Sha256
     """Content hash of its archive."""
     environment: Annotated[dict[str, Text], Meta(max_length=256)] = {}
+    id: Name | Literal[""] = ""
+    """Chosen by who submits, so that asking twice runs it once; "" lets the node choose."""
 
 
 class JobInfo(msgspec.Struct, frozen=True):
