@@ -7,7 +7,7 @@ from pathlib import Path
 
 from upipe.errors import ProcessorError, QueueError, QueueStuck
 from upipe.frame import DataFrame
-from upipe.graph.plan import Plan, WorkerPlan
+from upipe.graph.plan import WorkerPlan
 from upipe.graph.spec import PipeSpec
 from upipe.memq.queue import MemQ
 from upipe.runtime import spool
@@ -21,11 +21,12 @@ WORKER_DIED = "WorkerDied"
 class Graves:
     """Recovers the queues of one pipe."""
 
-    def __init__(self, spec: PipeSpec, plan: Plan, number: int, directory: Path, queues: dict[str, MemQ]) -> None:
-        self.plan = plan
+    def __init__(self, spec: PipeSpec, number: int, directory: Path, queues: dict[str, MemQ]) -> None:
         self.number = number
         self.directory = directory
         self.queues = queues
+        self.sources: dict[str, str] = {}
+        """Processor that emits into each queue; "" is the pipe."""
         self.bytes = 0
         """Of all dead letters, those of workers too."""
         self._most = {one.name: one.max_deliveries for one in spec.processors}
@@ -66,7 +67,7 @@ class Graves:
     def _bury(self, ring: MemQ, name: str, position: int, worker: WorkerPlan) -> tuple[int, ProcessorError]:
         raw = ring.raw(position)
         frame = DataFrame.unpack(raw, lazy=True)
-        source = next(queue.source for queue in self.plan.queues if queue.name == name)
+        source = self.sources[name]
         text = f"its worker died while processing it, {frame.deliveries} times"
         who = f"{worker.processor}#{worker.index}"
         letter = DeadLetter(

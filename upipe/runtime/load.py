@@ -17,7 +17,8 @@ def loads(spec: PipeSpec, plan: Plan, queues: Mapping[str, MemQ]) -> Iterator[Lo
     for one in spec.processors:
         if one.autoscale:
             try:
-                yield _load(one.name, [queues[queue.name] for queue in plan.queues if queue.target == one.name])
+                read = {name for worker in plan.workers if worker.processor == one.name for name in worker.inputs}
+                yield _load(one.name, [queues[name] for name in read])
             except QueueError:
                 continue
 
