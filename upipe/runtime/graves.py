@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from upipe.errors import ProcessorError, QueueError, QueueStuck
@@ -11,7 +11,6 @@ from upipe.graph.plan import WorkerPlan
 from upipe.graph.spec import PipeSpec
 from upipe.memq.queue import MemQ
 from upipe.runtime import spool
-from upipe.runtime.provision import label
 from upipe.runtime.spool import Checkpoint, DeadLetter
 
 WORKER_DIED = "WorkerDied"
@@ -21,8 +20,11 @@ WORKER_DIED = "WorkerDied"
 class Graves:
     """Recovers the queues of one pipe."""
 
-    def __init__(self, spec: PipeSpec, number: int, directory: Path, queues: dict[str, MemQ]) -> None:
-        self.number = number
+    def __init__(
+        self, spec: PipeSpec, labelled: Callable[[str], str], directory: Path, queues: dict[str, MemQ]
+    ) -> None:
+        self.labelled = labelled
+        """Name in the session of a queue."""
         self.directory = directory
         self.queues = queues
         self.sources: dict[str, str] = {}
@@ -42,7 +44,7 @@ class Graves:
         """
         saved = spool.load_checkpoint(spool.checkpoint_path(self.directory, worker.processor, worker.index))
         covered = (saved or Checkpoint(b"", {})).covered
-        positions = {name: covered.get(label(self.number, name), ()) for name in worker.inputs}
+        positions = {name: covered.get(self.labelled(name), ()) for name in worker.inputs}
         most, lost = self._most[worker.processor], []
         for name in worker.inputs:
             for position in self._recover(self.queues[name], pid, start, most, positions[name]):
@@ -74,7 +76,7 @@ class Graves:
             worker.processor,
             who,
             source,
-            label(self.number, name),
+            self.labelled(name),
             position,
             frame.deliveries,
             WORKER_DIED,

@@ -31,4 +31,5 @@ def _load(name: str, inputs: list[MemQ]) -> Load:
         used_share=max((found.depth / found.capacity for found in stats), default=0.0),
         oldest_age=max((found.oldest_age() for found in stats), default=0.0) if waiting else 0.0,
         waiting=waiting,
+        ended=bool(inputs) and all(queue.ended for queue in inputs),
     )

@@ -15,6 +15,7 @@ import os
 import time
 import weakref
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -83,7 +84,7 @@ class LocalRunner(Doing):
         self.queues = self.held.queues
         self._finalizer = weakref.finalize(self, abandon, self.held, self.spec.name)
         warn_no_more_at_exit()
-        self.graves = Graves(self.spec, self.number, self.held.spool, self.queues)
+        self.graves = Graves(self.spec, partial(provision.label, self.number), self.held.spool, self.queues)
         self.graves.sources.update((queue.name, queue.source) for queue in self.plan.queues)
 
     def _launch(self, commands: list[ev.Command]) -> None:

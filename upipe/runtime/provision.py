@@ -9,6 +9,7 @@ import resource
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -67,7 +68,7 @@ def assignments(spec: PipeSpec, plan: Plan, number: int, spool: Path, files: dic
     found = {}
     for worker in plan.workers:
         one = processors[worker.processor]
-        told = assignment(spec, one, worker, sources, lambda name: label(number, name), spool)
+        told = assignment(spec, one, worker, sources, partial(label, number), spool)
         found[told.worker] = msgspec.structs.replace(told, code=files.get(one.name, ""))
     return found
 

@@ -39,6 +39,7 @@ from upipe.runtime.events import (
     PipeUp,
     Raised,
     Ready,
+    Rearrangement,
     Recover,
     Refused,
     Spawned,
@@ -103,6 +104,8 @@ class Supervisor:
             return self._scale(event, now)
         if isinstance(event, GaveUp):
             return self._fail(event.reason)
+        if isinstance(event, Rearrangement):
+            return self._rearrange(event)
         slot = self.slots.get(event.worker)
         if slot is None:
             return []
@@ -150,8 +153,12 @@ class Supervisor:
 
     # -------------------------------------------------------------- workers
 
+    def _rearrange(self, event: Rearrangement) -> list[Command]:
+        """On one host the plan stands (on a cluster: NodeSupervisor)."""
+        return []
+
     def _indices(self, processor: str) -> list[int]:
-        """The workers of a processor that this plan has: on a cluster not all of them."""
+        """The workers of a processor that may run."""
         return sorted(index for name, index in self._plans if name == processor)
 
     def _add(self, processor: str, index: int) -> list[Command]:
