@@ -95,6 +95,8 @@ class PipeInfo(msgspec.Struct, frozen=True):
     seats: dict[str, tuple[str, ...]] = {}
     """Node id per worker, by processor."""
     members: tuple[str, ...] = ()
+    closed: bool = False
+    """It has ended and nothing of it is left on any node that lives: who keeps its record may forget it."""
 
 
 class Pipes(msgspec.Struct, frozen=True):
@@ -117,6 +119,8 @@ class Orders(msgspec.Struct, frozen=True):
     """None: end everything of the pipe there."""
     spec: PipeSpec | None = None
     shipment: Shipment = Shipment()
+    coordinator: NodeId | Literal[""] = ""
+    """Who says so: reports go there. Its certificate must say the same; "" in orders to the submitting process."""
 
 
 class Told(msgspec.Struct, frozen=True):
