@@ -35,6 +35,7 @@
         |-- OptionInvalid   (ValueError)      what you wrote for an address, seed, label or resource cannot be read
         |-- MessageInvalid  (ValueError)      a node sent what cannot be read; nothing was changed
         |-- DataDirRefused  (OSError)         the agent's data directory cannot be used; says why
+        |-- ArchiveRefused  (ValueError)      a directory cannot be shipped (too large), or an archive is not ours
         `-- NodeRefused                       the node said no; carries status, code and sentence
 
 A full or empty queue is no error of ours: MemQ raises queue.Full and queue.Empty, processors raise TimeoutError.
@@ -268,6 +269,10 @@ class OptionInvalid(ClusterError, ValueError):
 
 class MessageInvalid(ClusterError, ValueError):
     """A message of another node is malformed or too large; nothing was changed."""
+
+
+class ArchiveRefused(ClusterError, ValueError):
+    """A directory cannot be shipped, or an archive that came holds what none of ours does; nothing was unpacked."""
 
 
 class DataDirRefused(ClusterError, OSError):

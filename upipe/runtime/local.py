@@ -16,7 +16,7 @@ import signal
 import time
 import weakref
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -316,6 +316,9 @@ class LocalRunner(Hearing):
         """Hand replies to the calls that wait for them, until the pipe ends."""
         roots = sum(queue.source == PIPE for queue in self.plan.queues)
         return answers.answer(self.spec.name, self.queues[REPLIES], self.calls, roots)
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """The queues of the pipe's own input are the same all the time."""
 
     @property
     def results(self) -> MemQ:
