@@ -30,6 +30,7 @@
         |-- NodeCannotServe                   this node must not, or cannot, listen where you asked
         |-- NodeUnreachable (ConnectionError) nobody answers there
         |-- NodeUnproven    (ConnectionError) who answers there is not proven to be of this cluster; no token was sent
+        |-- NoAgent         (ConnectionError) no agent of this cluster was found; names everything that was tried
         |-- NodeTimeout     (TimeoutError)    no answer before the deadline; a change may or may not have been made
         |-- NodeAnswerInvalid                 the answer is not what this version understands
         |-- OptionInvalid   (ValueError)      what you wrote for an address, seed, label or resource cannot be read
@@ -232,6 +233,10 @@ class NodeUnreachable(ClusterError, ConnectionError):
 
 class NodeUnproven(ClusterError, ConnectionError):
     """Who answers at that address did not prove to be that node of this cluster. Nothing secret was sent to it."""
+
+
+class NoAgent(ClusterError, ConnectionError):
+    """No agent of this cluster was found. Says what was tried, and what to do."""
 
 
 class NodeTimeout(ClusterError, TimeoutError):

@@ -77,6 +77,8 @@ class Ends:
 
     def _rewired(self) -> None:
         self._outputs.switch(self._edges())
+        if self.runner.state == "draining" and not self._closed:  # somebody else told the pipe to drain
+            self.refuse_input()
 
     # ------------------------------------------------------------------ emitting
 
