@@ -37,6 +37,7 @@
         |-- MessageInvalid  (ValueError)      a node sent what cannot be read; nothing was changed
         |-- DataDirRefused  (OSError)         the agent's data directory cannot be used; says why
         |-- ArchiveRefused  (ValueError)      a directory cannot be shipped (too large), or an archive is not ours
+        |-- KeeperFailed                      the process that runs a pipe on this node does not start, or not answer
         `-- NodeRefused                       the node said no; carries status, code and sentence
 
 A full or empty queue is no error of ours: MemQ raises queue.Full and queue.Empty, processors raise TimeoutError.
@@ -282,3 +283,7 @@ class ArchiveRefused(ClusterError, ValueError):
 
 class DataDirRefused(ClusterError, OSError):
     """The data directory of the agent belongs to someone else, is in use, or holds what cannot be read."""
+
+
+class KeeperFailed(ClusterError):
+    """The keeper, which runs a pipe on this node, does not start or does not answer; says why, and where it wrote it."""

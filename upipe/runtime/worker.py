@@ -416,6 +416,7 @@ def assigned(control: socket.socket) -> Worker:
     assert isinstance(assignment, Assignment)
     os.environ["UPIPE_SHM"] = assignment.root
     bundle = Bundle(None, None, {}, ())
+    sys.path[:0] = [path for path in assignment.modules if path not in sys.path]
     if assignment.code:
         for path in assignment.sys_path:
             if path not in sys.path:
