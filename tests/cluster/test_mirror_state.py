@@ -24,10 +24,11 @@ from upipe.cluster.mirror_state import (
     SayHello,
     SayRefusal,
     SayResume,
+    SayRetired,
     Sink,
     Source,
 )
-from upipe.cluster.records import SINK, SOURCE, End, Hello, Progress, Refusal, Resume, Skip
+from upipe.cluster.records import SINK, SOURCE, End, Hello, Progress, Refusal, Resume, Retired, Skip
 
 G = 64
 
@@ -104,6 +105,9 @@ class Mirror(RuleBasedStateMachine):
                     assert position <= max(self.far.tail, self.far.start), "retired what is not finished"
                     assert position in self.copy.boundaries()
                     self.copy.tail = max(self.copy.tail, position)
+                case SayRetired(link, position):
+                    assert self.copy.tail >= position
+                    self.wire[link][0].append(Retired(1, position))
                 case Done():
                     assert self.copy.tail == self.copy.head == self.closed
                     assert self.far_closed
@@ -135,6 +139,9 @@ class Mirror(RuleBasedStateMachine):
             case Hello():
                 self.do_sink(self.sink.hello(link, message))
                 self.half = []
+            case Retired():
+                self.sink.retired(link, message)
+                assert self.sink.known <= self.copy.tail, "what the sink believes to be known is known"
             case Skip():
                 self.do_sink(self.sink.skip(link, message))
             case End():

@@ -5,6 +5,7 @@
     Rewind, streaming      <--- Hello ----
                            ---- data ---->   sink.data(): which bytes land, which are known already
     Retire                 <-- Progress --   allow(): finished here, and what came of it has left this host
+    SayRetired             --- Retired --->  known: the source has heard of it
     Rewind                 <--- Resume ---   a gap: what came does not follow
     SayEnd                 ----- End ---->   CloseStream
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from upipe.cluster.records import ROLES, SINK, SOURCE, End, Hello, Progress, Refusal, Resume, Skip
+from upipe.cluster.records import ROLES, SINK, SOURCE, End, Hello, Progress, Refusal, Resume, Retired, Skip
 
 Link = int
 """Number of a connection, never used twice in a process."""
@@ -94,7 +95,17 @@ class Done:
     """The stream ended, which the sink knows, and all of it is retired."""
 
 
-Command = SayHello | SayRefusal | SayEnd | SayResume | Rewind | Retire | Hole | CloseStream | Failed | Done
+@dataclass(frozen=True)
+class SayRetired:
+    """After Retire: the sink may forget what it told."""
+
+    link: Link
+    position: int
+
+
+Command = (
+    SayHello | SayRefusal | SayEnd | SayResume | SayRetired | Rewind | Retire | Hole | CloseStream | Failed | Done
+)
 
 
 class _End:
@@ -264,6 +275,8 @@ class Source(_End):
         if books[0] > self.tail:
             self.tail = books[0]
             commands.append(Retire(*books))
+            if self.link is not None:
+                commands.append(SayRetired(self.link, self.tail))
         if ended and not self.done and self.end is not None and self.tail >= self.end:
             self.done = True
             commands.append(Done())
@@ -287,6 +300,8 @@ class Sink(_End):
         self.allowed = (0, 0, 0)
         """(finished, dropped, dead) that the source may retire. 0 says nothing: after a restart the source knows
         more."""
+        self.known = 0
+        """The source has retired up to here."""
         self.ended = False
         self._gap: int | None = None
 
@@ -301,7 +316,15 @@ class Sink(_End):
         if link not in self.links:
             return []
         self.link, self.landed, self._gap = link, 0, None
+        self.known = max(self.known, hello.finished)
         return [SayHello(link)]
+
+    def retired(self, link: Link, heard: Retired) -> bool:
+        """The source has heard what was told. True when that is news."""
+        if heard.position <= self.known:
+            return False
+        self.known = heard.position
+        return True
 
     def data(self, link: Link, position: int, length: int) -> tuple[int, list[Command]]:
         """How many of the first bytes of this data are not for us (all: known, or they do not follow); the rest
