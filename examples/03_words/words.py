@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from upipe import Pipe, Processor
+from upipe import Pipe, Place, Processor
 from upipe.cli.render import Progress, show
 
 WORD = re.compile(r"[a-z]+")
@@ -79,7 +79,7 @@ async def main(arguments: argparse.Namespace) -> int:
     pipe = Pipe("words")
     pipe.chain(
         Processor("reader", reader, config=files, resume=True),
-        Processor("counter", counter, workers=arguments.workers),
+        Processor("counter", counter, workers=arguments.workers, place=Place(how="spread")),
         Processor("total", Total, checkpoint_every=1000),
     )
     async with pipe, Progress(pipe):

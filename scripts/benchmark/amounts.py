@@ -49,6 +49,19 @@ def start(peer: Peer, seconds: float) -> Work:
     return Work("start", "start", n=1)
 
 
+def across(peer: Peer, seconds: float) -> Work:
+    n = max(500, int(peer.rate * seconds / 3))
+    return Work("across", "across", n=n, warm=n // 10, ring=32 * MIB, hosts=True)
+
+
+def across_frames(name: str, size: int, shape: tuple[int, ...]) -> Amount:
+    def work(peer: Peer, seconds: float) -> Work:
+        n = max(12, int(min(peer.gigabytes, 1.5) * 1e9 * seconds / size))
+        return Work(name, "across_frames", n=n, warm=12, size=size, shape=shape, ring=64 * MIB, hosts=True)
+
+    return work
+
+
 def trips(name: str, pins: Pins, pause: float = 0.0) -> Amount:
     def work(peer: Peer, seconds: float) -> Work:
         n = max(50, int(min(seconds / (peer.trip * 1e-6 + pause), 50_000)))

@@ -251,6 +251,35 @@ CASES: list[Case] = [
         )
         for count in (1, 4, 16, 64)
     ],
+    Case(
+        "across",
+        (),
+        "Small values between two hosts (namespaces and a veth cable)",
+        "values/s",
+        "higher",
+        "across",
+        amounts.across,
+        (0.4, 1.5),
+        quick=False,
+    ),
+    *[
+        Case(
+            f"across-{label}",
+            ("across",),
+            f"{what} between two hosts, copied to the consumer, who reads every byte",
+            "GB/s",
+            "higher",
+            "across_frames",
+            amounts.across_frames(f"across-{label}", size, shape),
+            (0.4, 1.5),
+            quick=False,
+            limit=f"cable-{label}",
+        )
+        for label, what, size, shape in (
+            ("1m", "1 MiB arrays", MIB, (MIB,)),
+            ("1080p", "1080p RGB frames (6.2 MB)", HD_BYTES, HD),
+        )
+    ],
     *[_payload(size) for size in (0, 64, 1024, 16384, 65536, 262144, MIB, 4 * MIB, 16 * MIB)],
 ]
 

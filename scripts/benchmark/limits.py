@@ -7,8 +7,10 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
+from benchmark import hosts
 from benchmark.cases import HD_BYTES, Case, power_of_two
 from benchmark.model import MIB
 
@@ -31,6 +33,7 @@ def _commands(quick: bool) -> dict[str, list[str]]:
     for label, size in (("1m", MIB), ("1080p", HD_BYTES)):
         frames = str(max(20, int(1e9 * more / size)))
         found[f"tcp-{label}"] = ["tcp", str(size), frames]
+        found[f"cable-{label}"] = ["tcp", str(size), frames, *map(str, map(hosts.path, (0, 1))), hosts.ADDRESSES[1]]
         for depth in (2, 8, 32):
             slots = str(power_of_two(depth * (size + 64)) // size)
             found[f"memcpy-{label}-{depth}"] = ["memcpy", str(size), slots, frames]
@@ -62,8 +65,9 @@ def measure(names: Iterable[str], quick: bool) -> dict[str, float]:
     commands, found = _commands(quick), {}
     with tempfile.TemporaryDirectory(prefix="upipe-bench-") as folder:
         for name in wanted:
-            if name in commands:
-                values = [_run(Path(folder), commands[name]) for _ in range(REPEATS)]
+            if name in commands and not (name.startswith("cable") and hosts.why_not()):
+                with hosts.pair() if name.startswith("cable") else nullcontext():
+                    values = [_run(Path(folder), commands[name]) for _ in range(REPEATS)]
                 good = [one for one in values if one is not None]
                 if good:
                     found[name] = statistics.median(good)

@@ -39,6 +39,8 @@ class Work:
     """Frames are read where they lie; otherwise the consumer ends up with a copy of its own."""
     touch: bool = False
     """The consumer reads the ends of a frame only; otherwise every byte."""
+    hosts: bool = False
+    """The producer is on one host, the consumer on another (hosts.py)."""
     count: int = 1
     """How many queues, workers or stages there are, for the cases about growth."""
 
@@ -50,7 +52,7 @@ class Work:
     @property
     def frames(self) -> bool:
         """Arrays travel, not small values."""
-        return self.kind in ("frames", "payload")
+        return self.kind in ("frames", "payload", "across_frames")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -10,9 +10,11 @@ import resource
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, Self
 
+from benchmark import hosts
 from benchmark.model import Outcome, Work
 
 CONTEXT = multiprocessing.get_context("fork")
@@ -59,10 +61,16 @@ class Opened:
         self.transport, self.work, self.channels = transport, work, channels
 
     def __enter__(self) -> None:
-        self.transport.open(self.work, self.channels)
+        self._stack = ExitStack()
+        with self._stack as stack:
+            if self.work.hosts:
+                stack.enter_context(hosts.pair())
+            self.transport.open(self.work, self.channels)
+            stack.callback(self.transport.close)
+            self._stack = stack.pop_all()
 
     def __exit__(self, *exc: object) -> None:
-        self.transport.close()
+        self._stack.close()
 
 
 Role = Callable[..., dict[str, Any]]
@@ -84,6 +92,8 @@ def unpin() -> None:
 
 def _main(role: Role, work: Work, barrier: Any, results: Connection, index: int, argument: int | None) -> None:
     try:
+        if work.hosts:
+            hosts.enter(index)
         pin(work, index)
         gate = Gate(barrier)
         found = role(work, gate) if argument is None else role(work, gate, argument)

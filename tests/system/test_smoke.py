@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.system import jobs
@@ -30,3 +32,14 @@ async def test_call(method: str) -> None:
     pipe.add(Processor("double", jobs.double))
     async with pipe:
         assert [await pipe.call(number, timeout=10) for number in range(20)] == list(range(0, 40, 2))
+
+
+def title(_: object) -> str:
+    return Path("/proc/self/comm").read_text().strip()
+
+
+async def test_workers_have_their_names_in_ps_and_top() -> None:
+    pipe = Pipe("named")
+    pipe.add(Processor("a-rather-long-name", title, workers=1))
+    async with pipe:
+        assert await pipe.call(0, timeout=10) == "a-rather-long#0"

@@ -6,9 +6,9 @@ Owned by the agent; nothing is left when it dies.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from upipe.cluster import tls
 from upipe.cluster.address import Address
@@ -42,8 +42,11 @@ class Peers:
         self._secret = secret
         self._addresses = addresses
         self._clients: dict[tuple[str, Address], Client] = {}
+        self._closed = False
 
     def _client(self, node: str, address: Address) -> Client:
+        if self._closed:
+            raise NodeUnreachable("this agent is stopping")
         key = (node, address)
         if key not in self._clients:
             expected = node if self.credentials.derived else ""
@@ -75,7 +78,9 @@ class Peers:
 
         return await self._at(node, addresses, route.seconds if seconds is None else seconds, ask)
 
-    async def _at(self, node: str, addresses: tuple[Address, ...], seconds: float, ask: Callable[..., Any]) -> Any:
+    async def _at(
+        self, node: str, addresses: tuple[Address, ...], seconds: float, ask: Callable[[Client, float], Awaitable[A]]
+    ) -> A:
         known = (addresses or self._addresses(node))[:MOST_ADDRESSES]
         if not known:
             raise NodeUnreachable(f"node {node} is not known here: it has left, or has not been met yet")
@@ -116,7 +121,8 @@ class Peers:
             await client.close()
 
     async def close(self) -> None:
-        """Close everything. Idempotent."""
+        """Close everything; nobody is asked any more. Idempotent."""
+        self._closed = True
         while self._clients:
             _, client = self._clients.popitem()
             await client.close()

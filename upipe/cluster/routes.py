@@ -52,7 +52,10 @@ class Route(Generic[Request, Answer]):
     """Struct of the answer; Bytes: the handler writes them as they come."""
     doc: str
     changes: bool = False
-    """Whether it changes anything. Such a request is written to the audit log."""
+    """Whether it changes anything. Such a request is written to the audit log, but see quiet."""
+    quiet: bool = False
+    """Said by nodes to each other many times a second: only refusals of it are written to the audit log, or they would
+    push everything else out of it."""
     again: bool = True
     """Whether sending it twice does what sending it once does: then a client may try again by itself."""
     node_only: bool = False
@@ -132,6 +135,7 @@ PING = Route(
     messages.Gossip,
     "Are you there, and what is new?",
     changes=True,
+    quiet=True,
     node_only=True,
     most=MIB,
     most_answer=MIB,
@@ -145,6 +149,7 @@ RELAY = Route(
     messages.Gossip,
     "Ping that one for me.",
     changes=True,
+    quiet=True,
     node_only=True,
     most=MIB,
     most_answer=MIB,
@@ -197,6 +202,7 @@ DEAL = Route(
     wire.Done,
     "What agents say to each other about a pipe's record.",
     changes=True,
+    quiet=True,
     node_only=True,
     most=8 * MIB,
 )
@@ -208,6 +214,7 @@ ORDERS = Route(
     wire.Done,
     "What this node shall do for a pipe, from its coordinator.",
     changes=True,
+    quiet=True,
     node_only=True,
     most=8 * MIB,
 )
@@ -219,6 +226,7 @@ REPORT = Route(
     wire.Done,
     "How a pipe is on a node, told to its coordinator.",
     changes=True,
+    quiet=True,
     node_only=True,
     most=8 * MIB,
 )
@@ -230,6 +238,7 @@ ATTEND = Route(
     wire.News,
     "The submitting process asks what there is for it.",
     changes=True,
+    quiet=True,
     most=8 * MIB,
     seconds=30.0,
 )
@@ -288,7 +297,8 @@ MIRROR = Route(
     "mirror",
     NOTHING,
     wire.MirrorInfo,
-    "Where a mirror stands; with `Upgrade: upipe-mirror/1`, and a node's certificate, the mirror itself.",
+    "Where a mirror stands; with `Upgrade: upipe-mirror/1` and a certificate a connection for mirrors, and {mirror} is "
+    "the id of who dials.",
     upgrade="upipe-mirror/1",
 )
 

@@ -60,6 +60,12 @@ class Call:
     _request: web.BaseRequest
     switched: bool = False
 
+    @property
+    def gone(self) -> bool:
+        """Whether the peer has closed the connection: nobody reads an answer any more."""
+        transport = self._request.transport
+        return transport is None or transport.is_closing()
+
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body of a Bytes route as it comes.
 
@@ -242,7 +248,7 @@ class Server:
         self.gate.prove(request.protocol.key)
         route = verdict.match.route
         response = await self._handled(request, peer, verdict)
-        if route.changes or verdict.upgrade:
+        if (route.changes and not route.quiet) or verdict.upgrade:
             self._told("upgraded" if verdict.upgrade else "changed", request, peer, response.status)
         return response
 

@@ -6,7 +6,7 @@ Frames do not travel here, they go over mirrors.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -79,7 +79,7 @@ class PipeRequest(msgspec.Struct, frozen=True):
     """The declared graph, without code."""
     shipment: Shipment = Shipment()
     """The node must hold its contents already (put_code)."""
-    client: NodeId | Literal[""] = ""
+    client: Annotated[str, Meta(pattern=f"^({NODE_ID})?$")] = ""
     """The submitting process, when it emits or reads results."""
 
 
@@ -95,6 +95,8 @@ class PipeInfo(msgspec.Struct, frozen=True):
     seats: dict[str, tuple[str, ...]] = {}
     """Node id per worker, by processor."""
     members: tuple[str, ...] = ()
+    closed: bool = False
+    """It has ended and nothing of it is left on any node that lives: who keeps its record may forget it."""
 
 
 class Pipes(msgspec.Struct, frozen=True):
@@ -117,6 +119,8 @@ class Orders(msgspec.Struct, frozen=True):
     """None: end everything of the pipe there."""
     spec: PipeSpec | None = None
     shipment: Shipment = Shipment()
+    coordinator: NodeId | Literal[""] = ""
+    """Who says so: reports go there. Its certificate must say the same; "" in orders to the submitting process."""
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -201,7 +205,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     working_directory: Sha256
     """Content hash of its archive."""
     environment: Annotated[dict[str, Text], Meta(max_length=256)] = {}
-    id: Name | Literal[""] = ""
+    id: Annotated[str, Meta(pattern=f"^({NAME})?$")] = ""
     """Chosen by who submits, so that asking twice runs it once; "" lets the node choose."""
 
 

@@ -415,6 +415,8 @@ def assigned(control: socket.socket) -> Worker:
     assignment = messages.decode_to_worker(control.recv(messages.PACKET))
     assert isinstance(assignment, Assignment)
     os.environ["UPIPE_SHM"] = assignment.root
+    index = f"#{assignment.index}"  # ps and top tell workers apart; the kernel keeps 15 bytes
+    Path("/proc/self/comm").write_text(assignment.processor[: 15 - len(index)] + index)
     bundle = Bundle(None, None, {}, ())
     sys.path[:0] = [path for path in assignment.modules if path not in sys.path]
     if assignment.code:

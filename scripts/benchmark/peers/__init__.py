@@ -69,6 +69,7 @@ class Peer:
 
 S, R, F, M, O = "stream", "rtt", "frames", "mpmc", "fanout"  # noqa: E741
 C, I, A, ST = "chain", "idle", "among", "start"  # noqa: E741
+X, XF = "across", "across_frames"
 
 FIFO = (("faster_fifo", "faster-fifo"),)
 ZMQ = (("zmq", "pyzmq"),)
@@ -123,14 +124,14 @@ PEERS: tuple[Peer, ...] = (
     Peer("faster-fifo.many", "fifo:Fifo", FIFO, {"many": True}, (S,), 260e3),
     Peer("faster-fifo.many-pickle", "fifo:Fifo", FIFO, {"many": True, "pickle": True}, (S,), 640e3, key=True),
     Peer("pyzmq.ipc", "zmq:Zmq", ZMQ, {}, (S, R, F, C, I, A), 1.1e6, 2.5, 106, key=True),
-    Peer("pyzmq.tcp", "zmq:Zmq", ZMQ, {"tcp": True}, (S, R, F), 1.4e6, 2, 110, quick=(S,)),
+    Peer("pyzmq.tcp", "zmq:Zmq", ZMQ, {"tcp": True}, (S, R, F, X, XF), 1.4e6, 2, 110, quick=(S,)),
     Peer("pyzmq.ipc-nocopy", "zmq:Zmq", ZMQ, {"copy": False}, (F,), 0, 3),
     Peer("pyzmq.pub", "zmq:Zmq", ZMQ, {"publish": True}, (O,), 1.0e6),
     Peer("iceoryx2.poll", "iox2:Iox2", IOX, {}, (S, R, F, O, C), 450e3, 20, 5, views=True, polls=True, key=True),
     Peer("iceoryx2.wait", "iox2:Iox2", IOX, {"wait": True}, (S, R, F, C, I), 320e3, 20, 70, views=True, key=True),
     Peer("pynng.ipc", "nng:Nng", NNG, {}, (S, R, F), 22e3, 0.9, 182, quick=(S,)),
     Peer("zenoh.shm", "zenoh:Zenoh", ZENOH, {"shm": True}, (S, R, F), 700e3, 4, 200),
-    Peer("zenoh.tcp", "zenoh:Zenoh", ZENOH, {}, (S, R, F), 640e3, 0.6, 196, quick=(S,)),
+    Peer("zenoh.tcp", "zenoh:Zenoh", ZENOH, {}, (S, R, F, X, XF), 640e3, 0.6, 196, quick=(S,)),
     Peer(
         "ray.channel",
         "ray:Channels",
@@ -175,7 +176,7 @@ PEERS: tuple[Peer, ...] = (
         quick=(),
     ),
     Peer("socket.unix", "sockets:Sockets", (), {}, (S, R, F, C), 700e3, 5, 39),
-    Peer("socket.tcp", "sockets:Sockets", (), {"tcp": True}, (S, R, F), 150e3, 4, 66, quick=(S,)),
+    Peer("socket.tcp", "sockets:Sockets", (), {"tcp": True}, (S, R, F, X, XF), 150e3, 4, 66, quick=(S,)),
     Peer("asyncio.unix", "aio:Streams", (), {}, (S, R, F), 600e3, 0.6, 140, quick=(S,)),
     Peer("uvloop.unix", "aio:Streams", (("uvloop", "uvloop"),), {"uvloop": True}, (S, R, F), 700e3, 1.4, 77),
 )

@@ -166,6 +166,14 @@ class Transport:
         outcome.value *= work.size / 1e9
         return outcome
 
+    def run_across(self, work: Work) -> Outcome:
+        """Small values between two hosts, per second."""
+        return self.run_stream(work)
+
+    def run_across_frames(self, work: Work) -> Outcome:
+        """Frames between two hosts, in GB/s."""
+        return self.run_frames(work)
+
     def run_payload(self, work: Work) -> Outcome:
         """In frames/s."""
         return self.run_stream(work)

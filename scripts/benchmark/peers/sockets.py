@@ -5,9 +5,11 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 
+from benchmark import hosts
 from benchmark.model import Work
 from benchmark.peers.base import Array, Receiver, Sender, Transport
 
@@ -19,10 +21,14 @@ class Sockets(Transport):
     """Option tcp."""
 
     def open(self, work: Work, channels: int) -> None:
-        self.pairs = [self._tcp() if self.options.get("tcp") else socket.socketpair() for _ in range(channels)]
+        self.pairs = [self._tcp(work) if self.options.get("tcp") else socket.socketpair() for _ in range(channels)]
 
-    def _tcp(self) -> tuple[socket.socket, socket.socket]:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
+    def _tcp(self, work: Work) -> tuple[socket.socket, socket.socket]:
+        there = hosts.inside(1) if work.hosts else nullcontext()
+        with there:
+            listener = socket.create_server((hosts.ADDRESSES[1] if work.hosts else "127.0.0.1", 0))
+        here = hosts.inside(0) if work.hosts else nullcontext()
+        with listener, here:
             one = socket.create_connection(listener.getsockname())
             other = listener.accept()[0]
         for end in (one, other):

@@ -9,6 +9,7 @@ from typing import Any
 
 import zenoh
 
+from benchmark import hosts
 from benchmark.model import Work
 from benchmark.peers.base import Array, Receiver, Sender, Transport
 from benchmark.ports import free_ports
@@ -22,11 +23,12 @@ class Zenoh(Transport):
 
     def open(self, work: Work, channels: int) -> None:
         self.ports = free_ports(channels)
+        self.address = hosts.ADDRESSES[1] if work.hosts else "127.0.0.1"
 
     def _session(self, channel: int, listen: bool) -> Any:
         zenoh.try_init_log_from_env()
         config = zenoh.Config()
-        place = f'["tcp/127.0.0.1:{self.ports[channel]}"]'
+        place = f'["tcp/{self.address}:{self.ports[channel]}"]'
         config.insert_json5("mode", '"peer"')
         config.insert_json5("scouting/multicast/enabled", "false")
         config.insert_json5("listen/endpoints", place if listen else "[]")

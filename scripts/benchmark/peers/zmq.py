@@ -10,6 +10,7 @@ from itertools import chain
 
 import zmq
 
+from benchmark import hosts
 from benchmark.model import Work
 from benchmark.peers.base import Array, Receiver, Sender, Transport
 from benchmark.ports import free_ports
@@ -75,7 +76,7 @@ class Zmq(Transport):
         folder = tempfile.mkdtemp(prefix="bench-zmq-")
         ports = free_ports(channels)
         self.addresses = [
-            f"tcp://127.0.0.1:{ports[one]}" if self.options.get("tcp") else f"ipc://{os.path.join(folder, str(one))}"
+            f"tcp://{hosts.ADDRESSES[0] if work.hosts else '127.0.0.1'}:{ports[one]}" if self.options.get("tcp") else f"ipc://{os.path.join(folder, str(one))}"
             for one in range(channels)
         ]
 

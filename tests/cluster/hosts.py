@@ -1,0 +1,199 @@
+"""Hosts for tests of the whole cluster: an agent in each network namespace, with its own shared memory and data.
+
+    with hosts_of(3, tmp_path) as hosts:
+        hosts.start()                               upipe-node on each, found by multicast
+        hosts.submit(0, "chain.py", "--count=1000") a program there that starts a pipe on the cluster
+        hosts.kill_host(1); hosts.lan.cut(2) ...
+
+The oracle is a ledger outside uPipe: the last stage appends each number that it saw to a file of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.cluster.netns import Lan, lan_of
+from upipe.cluster import token
+
+ROOT = Path(__file__).resolve().parents[2]
+JOBS = Path(__file__).parent / "jobs"
+PORT = 7420
+
+
+def until(condition: Callable[[], object], seconds: float, what: str) -> float:
+    """Wait for a condition; returns the seconds it took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+@contextlib.contextmanager
+def hosts_of(count: int, directory: Path) -> Iterator[Hosts]:
+    """Hosts with one cluster's token, none started; at the end nothing of them is left."""
+    with lan_of(count) as lan:
+        hosts = Hosts(lan, directory)
+        try:
+            yield hosts
+        finally:
+            hosts.close()
+
+
+class Hosts:
+    """See above. Host i is labelled host=h<i>; the directory must be short enough for Unix sockets below it."""
+
+    def __init__(self, lan: Lan, directory: Path) -> None:
+        self.lan = lan
+        self.directory = directory
+        self.agents: dict[int, subprocess.Popen[Any]] = {}
+        self.token = directory / "token"
+        self.ledger = directory / "ledger"
+        self.ledger.mkdir()
+        token.create(self.token)
+
+    # ------------------------------------------------------------------ hosts and agents
+
+    def environment(self, host: int) -> dict[str, str]:
+        """Of every process of a host."""
+        shm = self.shm(host)
+        shm.mkdir(0o700, exist_ok=True)
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return {**os.environ, "UPIPE_SHM": str(shm), "UPIPE_TOKEN_FILE": str(self.token), "PYTHONPATH": path,
+                "UPIPE_TEST_LEDGER": str(self.ledger)}  # fmt: skip
+
+    def shm(self, host: int) -> Path:
+        """Its root of sessions."""
+        return Path(f"/dev/shm/upipe-test-{os.getpid()}-h{host}")
+
+    def start(self, *hosts: int, options: tuple[str, ...] = ()) -> None:
+        """Start agents (all hosts by default); returns when each of them knows all that run."""
+        for host in hosts or range(self.lan.hosts):
+            self.start_agent(host, options=options)
+        self.wait_for_members()
+
+    def start_agent(self, host: int, options: tuple[str, ...] = ()) -> None:
+        """Start one; it keeps its data directory."""
+        with open(self.log(host), "ab") as log:
+            self.agents[host] = self.lan.popen(
+                host, sys.executable, "-m", "upipe.cli.node", "--cluster", "test", "--host", "0.0.0.0",
+                "--data-dir", str(self.data(host)), "--labels", f"host=h{host}", *options,
+                env=self.environment(host), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+
+    def data(self, host: int) -> Path:
+        """Its data directory."""
+        return self.directory / f"d{host}"
+
+    def log(self, host: int) -> Path:
+        """What its agent printed."""
+        return self.directory / f"agent{host}.log"
+
+    def node_id(self, host: int) -> str:
+        """Of its agent."""
+        return (self.data(host) / "node_id").read_text().strip()
+
+    def wait_for_members(self, seconds: float = 15.0) -> float:
+        """Until every agent that runs holds all that run alive."""
+        running = [host for host, agent in self.agents.items() if agent.poll() is None]
+
+        def met() -> bool:
+            return all(
+                len([line for line in self.nodes(host).splitlines() if " alive" in line]) >= len(running)
+                for host in running
+            )
+
+        return until(met, seconds, "all agents know each other")
+
+    def nodes(self, host: int) -> str:
+        """`upipe nodes` there."""
+        return self.upipe(host, "nodes", check=False).stdout
+
+    def upipe(self, host: int, *arguments: str, check: bool = True, seconds: float = 30.0) -> Any:
+        """The command line there."""
+        return self.lan.run(
+            host, sys.executable, "-m", "upipe.cli.main", *arguments, env=self.environment(host), check=check,
+            timeout=seconds, cwd=self.directory,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ programs
+
+    def submit(self, host: int, job: str, *arguments: str) -> subprocess.Popen[str]:
+        """Start a program of tests/cluster/jobs there; its output is text in pipes."""
+        return self.lan.popen(
+            host, sys.executable, str(JOBS / job), *arguments, env=self.environment(host), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, cwd=self.directory,
+        )  # fmt: skip
+
+    def result(self, program: subprocess.Popen[str], seconds: float = 120.0) -> dict[str, Any]:
+        """Wait for its end; what it printed as JSON in its last line."""
+        try:
+            out, err = program.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            program.kill()
+            out, err = program.communicate()
+            raise AssertionError(f"no end within {seconds} s\n{out}\n{err}\n{self.told()}") from None
+        assert program.returncode == 0, f"status {program.returncode}\n{out}\n{err}\n{self.told()}"
+        told: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+        return told
+
+    def told(self) -> str:
+        """The end of each agent's log, for messages."""
+        return "\n".join(f"--- agent {host}\n{self.log(host).read_text()[-3000:]}" for host in self.agents)
+
+    def seen(self) -> Counter[int]:
+        """The ledger: how often the last stage saw each number."""
+        found: Counter[int] = Counter()
+        for path in self.ledger.iterdir():
+            found.update(int(line) for line in path.read_text().split())
+        return found
+
+    def processes(self, host: int) -> list[int]:
+        """All of a host."""
+        done = subprocess.run(["ip", "netns", "pids", self.lan.name(host)], capture_output=True, text=True, timeout=20)
+        return [int(word) for word in done.stdout.split()]
+
+    def workers(self, host: int, processor: str = "") -> list[int]:
+        """Workers there, by their titles: what stands in /proc/<pid>/comm or cmdline."""
+        found = []
+        for pid in self.processes(host):
+            with contextlib.suppress(OSError):
+                name = Path(f"/proc/{pid}/comm").read_text().strip()
+                if re.fullmatch(rf"{re.escape(processor) if processor else '.+'}#[0-9]+", name):
+                    found.append(pid)
+        return found
+
+    def kill_host(self, host: int) -> None:
+        """Power off: every process of it dies at once, and its shared memory is gone."""
+        while left := self.processes(host):
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.shm(host), ignore_errors=True)
+
+    def kill_agent(self, host: int) -> None:
+        """kill -9 of the agent alone."""
+        self.agents[host].kill()
+        self.agents[host].wait(10)
+
+    def stop_agent(self, host: int, seconds: float = 40.0) -> None:
+        """SIGTERM, and its end."""
+        self.agents[host].terminate()
+        self.agents[host].wait(seconds)
+
+    def close(self) -> None:
+        """Power off all."""
+        for host in range(self.lan.hosts):
+            self.kill_host(host)

@@ -1,0 +1,61 @@
+"""numbers -> work (spread over all hosts) -> record (a ledger outside uPipe), on the cluster.
+
+    chain.py --count 2000 --rate 400 --source h0 --sink h2 --work 4
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import time
+from pathlib import Path
+
+from upipe import Pipe, Place, Processor
+
+
+def numbers(*, config):
+    for number in range(config.count):
+        yield number
+        time.sleep(1 / config.rate)
+
+
+def work(number):
+    return number * 2
+
+
+class Record:
+    def setup(self):
+        name = f"{os.getpid()}-{time.time_ns()}"
+        self.file = os.open(Path(os.environ["UPIPE_TEST_LEDGER"]) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def process(self, value):
+        os.write(self.file, b"%d\n" % (value // 2))
+
+
+def place(label, **more):
+    return Place(labels=(f"host={label}",) if label else (), **more)
+
+
+async def main(arguments):
+    pipe = Pipe("chain")
+    pipe.chain(
+        Processor("numbers", numbers, config=arguments, resume=True, place=place(arguments.source)),
+        Processor("work", work, workers=arguments.work, place=Place(how="spread")),
+        Processor("record", Record, place=place(arguments.sink)),
+    )
+    await pipe.start(cluster=arguments.cluster)
+    print("up", flush=True)
+    report = await pipe.wait_for_completion()
+    edges = {f"{one.source}>{one.target}": [one.emitted, one.finished, one.dead, one.dropped] for one in report.edges}
+    print(json.dumps({"state": report.state, "balanced": report.balanced, "edges": edges}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cluster", default="auto")
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--rate", type=float, default=400.0)
+    parser.add_argument("--work", type=int, default=6)
+    parser.add_argument("--source", default="")
+    parser.add_argument("--sink", default="")
+    asyncio.run(main(parser.parse_args()))

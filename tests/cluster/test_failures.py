@@ -1,0 +1,129 @@
+"""Hosts and cables fail while a pipe runs over three of them: nothing is lost, it goes on by itself, books balance."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.hosts import Hosts, hosts_of, until
+
+pytestmark = pytest.mark.timeout(240)
+COUNT, RATE = 2400, 300.0
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Hosts]:
+    with hosts_of(3, tmp_path) as found:
+        found.start()
+        yield found
+
+
+def begin(hosts: Hosts, *arguments: str, client: int = 0, source: str = "h0", sink: str = "h2") -> Any:
+    """Start the chain; returns when some numbers arrived at its end."""
+    program = hosts.submit(
+        client, "chain.py", f"--count={COUNT}", f"--rate={RATE}", f"--source={source}", f"--sink={sink}", *arguments
+    )
+    arrived(hosts, program, COUNT // 10)
+    return program
+
+
+def arrived(hosts: Hosts, program: subprocess.Popen[str], count: int, seconds: float = 60.0) -> None:
+    """Wait until so many different numbers are in the ledger."""
+    until(lambda: program.poll() is not None or len(hosts.seen()) >= count, seconds, f"{count} numbers arrive")
+    if program.poll() is not None:
+        hosts.result(program)  # says how it ended, when it failed
+
+
+def complete(hosts: Hosts, program: subprocess.Popen[str], again: int, seconds: float = 150.0) -> dict[str, Any]:
+    """The pipe ended well, nothing is missing, and at most `again` numbers were seen more than once."""
+    told = hosts.result(program, seconds)
+    seen = hosts.seen()
+    missing = sorted(set(range(COUNT)) - set(seen))
+    assert not missing, f"{len(missing)} are missing: {missing[:20]}\n{hosts.told()}"
+    assert told["state"] == "completed" and told["balanced"], told
+    repeated = sum(times - 1 for times in seen.values())
+    assert repeated <= again, f"{repeated} numbers were seen again"
+    return told
+
+
+def test_without_failures_each_number_arrives_exactly_once(hosts: Hosts) -> None:
+    program = begin(hosts)
+    assert all(hosts.workers(host, "work") for host in range(3)), "work is spread over all hosts"
+    told = complete(hosts, program, again=0)
+    assert told["edges"]["numbers>work"] == [COUNT, COUNT, 0, 0]
+
+
+def test_a_worker_is_killed(hosts: Hosts) -> None:
+    program = begin(hosts)
+    for host in (1, 2):
+        os.kill(hosts.workers(host, "work")[0], signal.SIGKILL)
+    complete(hosts, program, again=8)
+
+
+def test_an_agent_is_killed_and_started_again_while_its_workers_run_on(hosts: Hosts) -> None:
+    program = begin(hosts)
+    before = hosts.workers(1, "work")
+    hosts.kill_agent(1)
+    time.sleep(0.5)
+    hosts.start_agent(1)
+    arrived(hosts, program, COUNT // 2)
+    assert hosts.workers(1, "work") == before, "the same processes"
+    complete(hosts, program, again=0)
+
+
+def test_the_agent_that_coordinates_is_killed_for_good_and_its_workers_go_elsewhere(hosts: Hosts) -> None:
+    program = begin(hosts, "--cluster=10.77.0.2:7420", source="h0", sink="h2")
+    hosts.kill_host(1)
+    complete(hosts, program, again=COUNT)
+
+
+def test_a_host_dies_with_all_its_processes(hosts: Hosts) -> None:
+    program = begin(hosts)
+    hosts.kill_host(1)
+    began = time.monotonic()
+    arrived(hosts, program, COUNT // 2)
+    assert time.monotonic() - began < 30
+    complete(hosts, program, again=COUNT)
+
+
+def test_a_host_comes_back_and_takes_work_again(hosts: Hosts) -> None:
+    program = begin(hosts)
+    hosts.kill_host(1)
+    until(lambda: hosts.nodes(0).count(" alive") == 2, 15, "its death is known")
+    hosts.start_agent(1)
+    hosts.wait_for_members()
+    complete(hosts, program, again=COUNT)
+
+
+@pytest.mark.parametrize("way", ["both ways", "one way"])
+def test_the_network_of_a_host_is_cut_for_thirty_seconds(hosts: Hosts, way: str) -> None:
+    program = begin(hosts, "--rate=60")
+    if way == "both ways":
+        hosts.lan.cut(1)
+    else:
+        hosts.lan.cut_one_way(1, 0)
+        hosts.lan.cut_one_way(1, 2)
+    time.sleep(30)
+    if way == "both ways":
+        hosts.lan.join(1)
+    else:
+        hosts.lan.join_one_way(1, 0)
+        hosts.lan.join_one_way(1, 2)
+    complete(hosts, program, again=COUNT)
+    until(lambda: not hosts.workers(1), 20, "what ran under the old epoch has ended")
+
+
+def test_all_agents_are_restarted_one_after_another(hosts: Hosts) -> None:
+    program = begin(hosts)
+    for host in range(3):
+        hosts.stop_agent(host)
+        hosts.start_agent(host)
+        hosts.wait_for_members(30)
+    complete(hosts, program, again=COUNT)

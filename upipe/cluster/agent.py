@@ -1,0 +1,303 @@
+"""`upipe-node`: one agent, from its start to its end. Everything is made, joined and closed here, and nothing decided.
+
+    Server ── Handlers ──┬── Neighbours ── Peers ──▶ other agents
+                         ├── Pipes ── Ledger (records)
+                         ├── Parts ── Part ─┬─ Keeper (a process of its own, survives us)
+                         │                  └─ Ferry ── Lines (mirrors)
+                         └── Store (contents)
+
+On disk, below the data directory (node_id.py): node.sock, audit/log, records/, parts/, pipes/, code/, modules/. After
+kill -9 the keepers and their workers go on; the next agent in that directory finds them, and opens mirrors anew.
+
+How it ends. SIGTERM and SIGINT, and POST /v1/node/drain, mean: take nothing new, let workers that can run elsewhere
+move there, for at most drain_seconds; then say good-bye and end. What cannot move (the only node, a pinned worker, no
+room) keeps running, in its keeper, for the next agent in this directory: ending a keeper would throw away the frames in
+its queues, and only the user can mean that (`stop` the pipe). A second signal ends the agent at once; keepers go on then
+too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from upipe.cluster import member_events as events
+from upipe.cluster.address import Address
+from upipe.cluster.audit import Audit
+from upipe.cluster.errands import Errands
+from upipe.cluster.guard import Policy
+from upipe.cluster.handlers import Handlers, JobHandlers, LinesHandle, NoJobs
+from upipe.cluster.ledger import Ledger
+from upipe.cluster.link import Link
+from upipe.cluster.messages import Resources
+from upipe.cluster.metrics import Metrics
+from upipe.cluster.neighbours import Neighbours, NodeEvent
+from upipe.cluster.node_id import DataDir, Identity
+from upipe.cluster.options import Settled
+from upipe.cluster.part import FerryHandle, KeeperHandle
+from upipe.cluster.parts import Parts
+from upipe.cluster.peers import Peers
+from upipe.cluster.pipes import Pipes
+from upipe.cluster.resources import detect
+from upipe.cluster.server import Server
+from upipe.cluster.store import Store
+from upipe.cluster.timing import Timing
+from upipe.cluster.wire import Member
+
+if TYPE_CHECKING:
+    from upipe.cluster.keeping import KeeperNews
+
+LOOK_AT_PARTS = 0.1
+"""Seconds between two looks whether all workers have moved, while draining."""
+RENEW_EVERY = 3600.0
+"""Seconds between two looks whether the certificate is to be made anew."""
+log = logging.getLogger("upipe.cluster")
+
+
+class Engines(Protocol):
+    """What runs pipes on a node: keepers and mirrors. Faked in tests."""
+
+    def lines(self, node: str, dial: Callable[[str, Link], Awaitable[None]]) -> LinesHandle: ...
+    def keeper(
+        self, directory: Path, news: Callable[[KeeperNews], None], lost: Callable[[str], None]
+    ) -> KeeperHandle: ...
+    def ferry(self, node: str, pipe: str, lines: LinesHandle, changed: Callable[[], None]) -> FerryHandle: ...
+
+
+class RealEngines:
+    """Processes and connections."""
+
+    def lines(self, node: str, dial: Callable[[str, Link], Awaitable[None]]) -> LinesHandle:
+        """See lines.Lines."""
+        from upipe.cluster.lines import Lines
+
+        return Lines(node, dial)
+
+    def keeper(
+        self, directory: Path, news: Callable[[KeeperNews], None], lost: Callable[[str], None]
+    ) -> KeeperHandle:
+        """See keepers.Keeper."""
+        from upipe.cluster.keepers import Keeper
+
+        return Keeper(directory, news, lost)
+
+    def ferry(self, node: str, pipe: str, lines: LinesHandle, changed: Callable[[], None]) -> FerryHandle:
+        """See ferry.Ferry."""
+        from upipe.cluster.ferry import Ferry
+        from upipe.cluster.lines import Lines
+
+        assert isinstance(lines, Lines)
+        return Ferry(node, pipe, lines, changed)
+
+
+class Agent:
+    """One agent: make it, start() it, wait for `ended`, close() it.
+
+    Args:
+        settled: the user's options, read.
+        data: the data directory, opened and locked.
+        identity: who this node is in this life.
+        found: resources of this machine.
+        tell: told sentences for the user, one a line.
+        engines: what runs pipes.
+        timing: of membership.
+    """
+
+    def __init__(
+        self, settled: Settled, data: DataDir, identity: Identity, found: Resources,
+        tell: Callable[[str], None] = log.info, engines: Engines | None = None, timing: Timing | None = None,
+    ) -> None:  # fmt: skip
+        self.settled = settled
+        self.identity = identity
+        self.ended = asyncio.Event()
+        self._data = data
+        self._found = found
+        self._tell = tell
+        self._engines = engines or RealEngines()
+        self._timing = timing
+        self._errands = Errands()
+        self._draining = False
+        self._open: list[Callable[[], Awaitable[None]]] = []
+        """What has to be closed, the last first."""
+
+    # ------------------------------------------------------------------ beginning
+
+    async def start(self) -> None:
+        """Listen, find again what runs, and look for others.
+
+        Raises:
+            ClusterError: it cannot; nothing is left open after close().
+        """
+        options, secret, me = self.settled.options, self.settled.secret, self.identity.node_id
+        self.credentials = self.settled.credentials(me)
+        audit = Audit(self._data.path / "audit" / "log", secret.bearer)
+        self._open.append(_later(audit.close))
+        self._make_parts(me)
+        server = self._server = Server(self._policy(me), self._handlers().all(), audit)
+        self._open.append(self._stop_server)
+        self._open.append(_later(self.lines.close))  # first: the server waits for connections that are mirrors
+        bound = server.listen_tcp(options.host, options.port, self.credentials)
+        server.listen_unix(self._data.path / "node.sock")
+        port = bound[0][1]
+        self.neighbours.machine.info = self.settled.info(self.identity, port, self._found)
+        await self.parts.start()
+        self.pipes.start()
+        self._say_hello(bound)
+        await self.neighbours.start(self.settled.seeds, options.multicast)
+        self._errands.run(self._renew(), "renew the certificate")
+
+    def _policy(self, me: str) -> Policy:
+        options = self.settled.options
+        hosts = frozenset(one.lower() for one in (options.host, *options.allow_host))
+        return Policy(self.settled.secret.bearer, me, hosts)
+
+    def _make_parts(self, me: str) -> None:
+        options = self.settled.options
+        info = self.settled.info(self.identity, options.port, self._found)
+        self.neighbours = Neighbours(
+            info, options.host, self._make_peers, self._node_event, self._data.outlive, self._tell, self._timing
+        )
+        self._open.append(self.neighbours.close)
+        self.lines = self._engines.lines(me, self._dial)
+        self.store = Store(self._data.path)
+        peers, live = self.neighbours.peers, self.neighbours.live
+        self.parts = Parts(
+            me, self.identity.life, self._data.path, self.store, peers, lambda *told: self.pipes.reported(*told),
+            lambda pipe: pipe in self.pipes.entries, lambda: tuple(live()), self._engines.keeper,
+            lambda pipe, changed: self._engines.ferry(me, pipe, self.lines, changed),
+        )  # fmt: skip
+        self._open.append(self.parts.close)
+        self.pipes = Pipes(
+            me, Ledger(self._data.path / "records"), peers, live, self.neighbours.suspects, self.parts.order,
+            self.neighbours.addresses, self._tell,
+        )  # fmt: skip
+        self._open.append(self.pipes.close)
+        self._open.append(self._errands.close)
+
+    def _make_peers(self, addresses: Callable[[str], tuple[Address, ...]]) -> Peers:
+        return Peers(self.identity.node_id, self.settled.secret, self.credentials, addresses)
+
+    def _handlers(self) -> Handlers:
+        machine = self.neighbours.machine
+        self.metrics = Metrics(
+            lambda: machine.info, self._members, self.pipes.infos,
+            lambda: [one for part in self.parts.all.values() for one in part.mirrors()],
+        )  # fmt: skip
+        jobs = self._jobs()
+        self._open.append(jobs.close)
+        return Handlers(
+            self.neighbours, self.pipes, self.parts, self.store, self.lines, jobs, self.credentials.derived, self.drain,
+            self.metrics.text,
+        )  # fmt: skip
+
+    def _jobs(self) -> JobHandlers:
+        """The seam for jobs: they need nothing but this agent's facts (identity, settled, store, parts)."""
+        return NoJobs()
+
+    async def _stop_server(self) -> None:
+        await self._server.stop(1.0)
+
+    def _say_hello(self, bound: list[tuple[str, int]]) -> None:
+        options, secret = self.settled.options, self.settled.secret
+        where = ", ".join(str(Address(host, port)) for host, port in bound)
+        self._tell(f"node {self.identity.node_id} of cluster {options.cluster} listens at {where}")
+        self._tell(f"token fingerprint {secret.fingerprint}")
+        seeds = ", ".join(map(str, self.settled.seeds)) or "none"
+        self._tell(f"seeds: {seeds}; multicast: {'on' if options.multicast else 'off'}")
+
+    # ------------------------------------------------------------------ while it runs
+
+    def _members(self) -> list[Member]:
+        machine = self.neighbours.machine
+        return [Member(machine.info, "alive"), *(Member(one.info, one.state) for one in machine.members())]
+
+    def _node_event(self, event: NodeEvent) -> None:
+        if isinstance(event, events.NodeDown | events.NodeLeft):
+            self.lines.forget(event.info.node_id)
+            self.pipes.lost(event.info.node_id)
+        elif not isinstance(event, events.NodeSuspect):
+            self.pipes.met(event.info)
+
+    async def _dial(self, node: str, link: Link) -> None:
+        await self.neighbours.peers.line(node, link)
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_EVERY)
+            self.renew(datetime.now(UTC))
+
+    def renew(self, now: datetime) -> None:
+        """Make a new certificate when it is time."""
+        if self.credentials.due(now):
+            self.credentials = self.settled.credentials(self.identity.node_id)
+            self._server.renew(self.credentials)
+            self.neighbours.peers.renew(self.credentials)
+
+    # ------------------------------------------------------------------ ending
+
+    def signalled(self) -> None:
+        """SIGTERM or SIGINT: the first one drains, the second ends at once."""
+        if self._draining:
+            self._tell("ends at once; what runs here goes on without an agent until the next start")
+            self.ended.set()
+        else:
+            self.drain(self.settled.options.drain_seconds)
+
+    def drain(self, seconds: float) -> None:
+        """Begin to empty this node; it ends afterwards. Again does nothing."""
+        if not self._draining:
+            self._draining = True
+            self._errands.run(self._empty(seconds), "drain")
+
+    async def _empty(self, seconds: float) -> None:
+        self.neighbours.drain()
+        until = asyncio.get_running_loop().time() + seconds
+        others = [one for one in self.neighbours.live().values() if not one.draining]
+        if self._busy() and others:
+            self._tell(f"drains: {self._busy()} pipes have {seconds:g} s to move elsewhere")
+        while self._busy() and others and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(LOOK_AT_PARTS)
+            others = [one for one in self.neighbours.live().values() if not one.draining]
+        if left := self._busy():
+            self._tell(f"{left} pipes cannot move elsewhere; they go on without an agent until the next start")
+        await self.neighbours.leave()
+        self.ended.set()
+
+    def _busy(self) -> int:
+        return sum(1 for part in self.parts.all.values() if part.present)
+
+    async def close(self) -> None:
+        """Let go of everything; keepers go on. Idempotent."""
+        while self._open:
+            await self._open.pop()()
+
+
+def _later(close: Callable[[], None]) -> Callable[[], Awaitable[None]]:
+    async def closing() -> None:
+        close()
+
+    return closing
+
+
+async def serve(
+    settled: Settled, data: DataDir, tell: Callable[[str], None], engines: Engines | None = None
+) -> None:
+    """Run an agent until it is told to end.
+
+    Raises:
+        ClusterError: it cannot begin.
+    """
+    agent = Agent(settled, data, data.identity(), await asyncio.to_thread(detect, settled.resources), tell, engines)
+    loop = asyncio.get_running_loop()
+    try:
+        await agent.start()
+        for one in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(one, agent.signalled)
+        await agent.ended.wait()
+    finally:
+        await agent.close()

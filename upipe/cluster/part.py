@@ -1,0 +1,367 @@
+"""This node's part of one pipe: its keeper (the process with queues and workers), its ferry (mirrors), and its reports.
+
+Orders come from the coordinator; the newest wins, and one task follows them, in this order (see ARCHITECTURE.md):
+
+    1. what the code needs is fetched and checked       once
+    2. the orders are put on disk                       so that a restarted agent knows the plan of the keeper it finds
+    3. ferry.release(plan)                              mirrors that end; their handles close
+    4. keeper.follow(fence, plan)                       queues, workers; answered by news with that fence
+    5. ferry.follow(plan, labels)                       mirrors that begin
+    6. reports carry that fence
+
+A report is composed of what the keeper said last, then of what the queues say now: a worker that is told as ended or
+left has done all that shows in the queues' states. Reports may be lost: the newest is said again until it was heard.
+
+After kill -9 of the agent the keeper, its queues and workers go on; `recover` finds them, and mirrors are opened anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+from upipe.cluster import wire
+from upipe.cluster.dealings import NodeReport, QueueState
+from upipe.cluster.layout import NodePlan
+from upipe.cluster.ledger import replace_file
+from upipe.errors import ClusterError, NodeRefused, UpipeError
+from upipe.runtime.spool import DeadLetter
+
+if TYPE_CHECKING:
+    from upipe.cluster.keeping import Job, KeeperNews
+
+AGAIN = 1.0
+"""Seconds after which a report that was not heard, or one of queues that go on, is sent again, and after which a failed
+step is tried again."""
+GATHER = 0.005
+"""Seconds in which changes gather for one report: shorter ends streams sooner, and sends more."""
+FAREWELL = 60.0
+"""Seconds for which it is said that nothing is left, to a coordinator that does not answer. Who asks later is told
+without a part (parts.py)."""
+log = logging.getLogger("upipe.cluster")
+Fence = tuple[int, int]
+
+
+class KeeperHandle(Protocol):
+    """keepers.Keeper."""
+
+    async def start(self, job: Job) -> None: ...
+    async def find(self) -> bool: ...
+    def follow(self, fence: Fence, plan: NodePlan | None) -> None: ...
+    async def letters(self) -> list[DeadLetter]: ...
+    def output(self) -> Path: ...
+    def close(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+class FerryHandle(Protocol):
+    """ferry.Ferry."""
+
+    def release(self, plan: NodePlan | None) -> None: ...
+    def follow(self, plan: NodePlan, labels: dict[str, str]) -> None: ...
+    def states(self) -> Mapping[str, QueueState]: ...
+    def infos(self) -> list[wire.MirrorInfo]: ...
+    def close(self) -> None: ...
+
+
+class Means(Protocol):
+    """What a part needs of its agent (parts.py)."""
+
+    node: str
+
+    def number(self) -> int:
+        """Of the next report; rises over all lives of this node."""
+
+    def keeper(self, pipe: str, news: Callable[[KeeperNews], None], lost: Callable[[str], None]) -> KeeperHandle: ...
+    def ferry(self, pipe: str, changed: Callable[[], None]) -> FerryHandle: ...
+    async def prepare(self, pipe: str, orders: wire.Orders) -> Job:
+        """Fetch and check what the pipe's code needs. Unfit: it cannot run here."""
+
+    def report(self, coordinator: str, pipe: str, report: NodeReport) -> Awaitable[None]:
+        """Tell a coordinator. ClusterError: it was not heard."""
+
+    def orphaned(self, pipe: str) -> bool:
+        """Whether nobody here keeps the record of the pipe either."""
+
+
+class Unfit(Exception):
+    """The pipe cannot run on this node; the sentence says why."""
+
+
+class Part:
+    """One pipe on this node.
+
+    Args:
+        pipe: its id.
+        path: file of the orders on disk.
+        means: of the agent.
+        over: called when nothing of the pipe is left here and its coordinator knows.
+    """
+
+    def __init__(self, pipe: str, path: Path, means: Means, over: Callable[[Part], None]) -> None:
+        self.pipe = pipe
+        self.orders = wire.Orders((0, 0))
+        """The newest."""
+        self.news: KeeperNews | None = None
+        self.followed: Fence = (0, 0)
+        """What keeper and ferry have both reached."""
+        self.lost = False
+        self.failed = ""
+        self._path = path
+        self._means = means
+        self._over = over
+        self._plans: dict[Fence, NodePlan] = {}
+        """Told to the keeper, and not followed yet."""
+        self._keeper: KeeperHandle | None = None
+        self._ferry: FerryHandle | None = None
+        self._job: Job | None = None
+        self._gone = True
+        """No keeper lives here. Then only it may be reported that nothing is present."""
+        self._stopped: Fence = (0, 0)
+        """Of the stop that was obeyed."""
+        self._heard: tuple[Any, ...] = ()
+        """What the coordinator knows."""
+        self._unknown_since: float | None = None
+        self._wake = asyncio.Event()
+        self._dirty = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._tasks = [
+            self._loop.create_task(self._follow_orders(), name=f"part {pipe}"),
+            self._loop.create_task(self._report_changes(), name=f"reports {pipe}"),
+        ]
+
+    # ------------------------------------------------------------------ orders
+
+    def order(self, orders: wire.Orders) -> bool:
+        """Follow these, unless newer ones are known: then False."""
+        if orders.fence < self.orders.fence:
+            return False
+        if orders.fence > self.orders.fence:
+            self.orders = orders
+            self._wake.set()
+        self._heard = ()  # who says it again has not heard the report
+        self._dirty.set()
+        return True
+
+    @property
+    def present(self) -> bool:
+        """Whether a keeper of the pipe lives here, or is about to."""
+        return not self._gone or self.orders.plan is not None
+
+    async def recover(self, orders: wire.Orders) -> None:
+        """After a restart of the agent: find the keeper again."""
+        self.orders, plan = orders, orders.plan
+        self._keeper = self._means.keeper(self.pipe, self._on_news, self._on_lost)
+        if await self._keeper.find():
+            self._gone = False
+        elif plan is not None:
+            self._on_lost("it was not found after a restart")
+            return
+        self._wake.set()
+
+    async def _follow_orders(self) -> None:
+        done: Fence = (0, 0)
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            orders = self.orders
+            if orders.fence == done:
+                continue
+            try:
+                await self._follow(orders)
+                done = orders.fence
+            except Unfit as error:
+                self._fail(str(error))
+                done = orders.fence
+            except (UpipeError, OSError) as error:
+                log.warning("pipe %s: %s; it is tried again", self.pipe, error)
+                await asyncio.sleep(AGAIN)
+                self._wake.set()
+
+    async def _follow(self, orders: wire.Orders) -> None:
+        if orders.plan is None:
+            await self._end(orders)
+            return
+        if self.lost:
+            return  # what the plan speaks of is gone; a stop comes first
+        if self._gone and self._job is None:
+            self._job = await self._means.prepare(self.pipe, orders)
+            if self.orders is not orders:
+                self._wake.set()  # newer ones came; nothing was begun for these
+                return
+        await asyncio.to_thread(replace_file, self._path, msgspec.msgpack.encode(orders))
+        self._ferry = self._ferry or self._means.ferry(self.pipe, self._dirty.set)
+        self._ferry.release(orders.plan)
+        if self._gone:
+            self._keeper = self._means.keeper(self.pipe, self._on_news, self._on_lost)
+            assert self._job is not None
+            await self._keeper.start(self._job)
+            self._gone, self.news = False, None
+        assert self._keeper is not None
+        self._plans[orders.fence] = orders.plan
+        self._keeper.follow(orders.fence, orders.plan)
+
+    async def _end(self, orders: wire.Orders) -> None:
+        await asyncio.to_thread(replace_file, self._path, msgspec.msgpack.encode(orders))
+        self._release()
+        if self._gone or self._keeper is None:
+            self._obeyed(orders.fence)
+        else:
+            self._keeper.follow(orders.fence, None)
+
+    def _release(self) -> None:
+        if self._ferry is not None:
+            self._ferry.release(None)
+            self._ferry.close()
+            self._ferry = None
+        self._plans.clear()
+
+    def _obeyed(self, fence: Fence) -> None:
+        self._gone, self.lost, self.failed, self._stopped = True, False, "", fence
+        self._job = self.news = None
+        if self._keeper is not None:
+            self._keeper.close()
+            self._keeper = None
+        self._dirty.set()
+        self._loop.call_later(FAREWELL, self._leave, fence)
+
+    def _leave(self, fence: Fence) -> None:
+        if self._gone and self._stopped == fence == self.orders.fence:
+            self._over(self)
+
+    def _fail(self, why: str) -> None:
+        self.failed = why
+        self._dirty.set()
+
+    # ------------------------------------------------------------------ the keeper
+
+    def _on_news(self, news: KeeperNews) -> None:
+        self.news = news
+        if not news.present and self.orders.plan is None and news.fence >= self.orders.fence:
+            self._obeyed(news.fence)
+            return
+        fence = (news.fence[0], news.fence[1])
+        plan = self._plans.get(fence)
+        if plan is not None and self._ferry is not None:
+            self._ferry.follow(plan, news.labels)
+            self.followed = fence
+            self._plans = {one: kept for one, kept in self._plans.items() if one > fence}
+        self._dirty.set()
+
+    def _on_lost(self, why: str) -> None:
+        log.error("pipe %s: its keeper on this node is lost: %s", self.pipe, why)
+        self._release()
+        self._gone, self.news = True, None
+        if self.orders.plan is None:
+            self._obeyed(self.orders.fence)
+        else:
+            self.lost = True
+        self._dirty.set()
+
+    # ------------------------------------------------------------------ reports
+
+    def report(self) -> NodeReport | None:
+        """Everything this node has to say about the pipe now; None: nothing yet."""
+        number, news = self._means.number(), self.news
+        if self._gone:
+            if not (self.lost or self.failed or self._stopped > (0, 0)):
+                return None
+            return NodeReport(self._means.node, number, self._stopped, False, self.lost, failed=self.failed)
+        if news is None or self._ferry is None or self.followed == (0, 0):
+            return None
+        ended, left = tuple(news.ended), tuple(news.left)
+        states = dict(self._ferry.states())
+        return NodeReport(
+            self._means.node, number, self.followed, True, False, ended, left, states, False,
+            self.failed or news.failed, news.up, news.crews,
+        )  # fmt: skip
+
+    async def _report_changes(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(AGAIN):
+                    await self._dirty.wait()
+            await asyncio.sleep(GATHER)
+            self._dirty.clear()
+            try:
+                await self._tell()
+            except UpipeError as error:  # a queue that is just being made or dropped
+                log.debug("pipe %s: no report: %s", self.pipe, error)
+
+    async def _tell(self) -> None:
+        report, coordinator = self.report(), self.orders.coordinator
+        if report is None or not coordinator:
+            return
+        news = (coordinator, *msgspec.structs.astuple(msgspec.structs.replace(report, number=0)))
+        if news == self._heard:
+            self._settled(report)
+            return
+        try:
+            await self._means.report(coordinator, self.pipe, report)
+        except NodeRefused as error:
+            self._refused(error, report)
+        except ClusterError:
+            pass
+        else:
+            self._heard, self._unknown_since = news, None
+            self._settled(report)
+
+    def _settled(self, report: NodeReport) -> None:
+        if not report.present and not report.lost and not report.failed and report.fence == self.orders.fence:
+            self._over(self)
+
+    def _refused(self, error: NodeRefused, report: NodeReport) -> None:
+        """The coordinator knows no such pipe: it has ended and is forgotten. Then nobody else would end it here."""
+        if error.status != 404:
+            self._unknown_since = None
+            return
+        if not report.present and not self.lost:
+            self._over(self)
+            return
+        now = self._loop.time()
+        self._unknown_since = now if self._unknown_since is None else self._unknown_since
+        if now - self._unknown_since > 30.0 and self._means.orphaned(self.pipe):
+            epoch, revision = self.orders.fence
+            self.order(wire.Orders((epoch, revision + 1), None, coordinator=self.orders.coordinator))
+
+    # ------------------------------------------------------------------ asked by handlers
+
+    @property
+    def workers(self) -> int:
+        """That run here now, as the keeper said last."""
+        return sum(crew.workers for crew in self.news.crews.values()) if self.news is not None else 0
+
+    def mirrors(self) -> list[wire.MirrorInfo]:
+        """Its mirrors."""
+        return self._ferry.infos() if self._ferry is not None else []
+
+    async def letters(self) -> list[DeadLetter]:
+        """Its dead letters here."""
+        return await self._keeper.letters() if self._keeper is not None and not self._gone else []
+
+    def output(self) -> Path | None:
+        """The file into which its workers here print."""
+        return self._keeper.output() if self._keeper is not None else None
+
+    def forget(self) -> None:
+        """Nothing is left here, so nothing stays on disk."""
+        self._path.unlink(missing_ok=True)
+
+    async def close(self) -> None:
+        """Let go of it; the keeper goes on. Idempotent."""
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._ferry is not None:
+            self._ferry.close()
+            self._ferry = None
+        if self._keeper is not None:
+            self._keeper.close()
+            self._keeper = None

@@ -1,0 +1,192 @@
+"""All parts of pipes on this node, and what they need of the agent.
+
+    DATA_DIR/parts/<pipe>        the orders that are followed; found again after a restart
+    DATA_DIR/pipes/<pipe>/       the keeper's (keepers.py)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from upipe.cluster import wire
+from upipe.cluster.dealings import NodeReport
+from upipe.cluster.errands import Errands
+from upipe.cluster.fitting import differences, misfit
+from upipe.cluster.part import FerryHandle, KeeperHandle, Part, Unfit
+from upipe.cluster.peers import Peers
+from upipe.cluster.routes import CODE, REPORT
+from upipe.cluster.server import refuse
+from upipe.cluster.store import ArchiveRefused, Store
+from upipe.errors import ClusterError, NodeUnreachable
+
+if TYPE_CHECKING:
+    from upipe.cluster.keeping import Job, KeeperNews
+
+log = logging.getLogger("upipe.cluster")
+MakeKeeper = Callable[[Path, "Callable[[KeeperNews], None]", Callable[[str], None]], KeeperHandle]
+MakeFerry = Callable[[str, Callable[[], None]], FerryHandle]
+
+
+class Parts:
+    """The parts of one agent; the means of each.
+
+    Args:
+        node: this node.
+        life: of its agent.
+        directory: its data directory.
+        store: contents.
+        peers: the other agents.
+        reported: takes a report when this agent is the coordinator.
+        known: whether this agent keeps a record of a pipe.
+        others: nodes in use, for fetching contents.
+        make_keeper, make_ferry: keepers.Keeper, and ferry.Ferry of (pipe, changed).
+    """
+
+    def __init__(
+        self, node: str, life: int, directory: Path, store: Store, peers: Peers,
+        reported: Callable[[str, NodeReport], None], known: Callable[[str], bool], others: Callable[[], Iterable[str]],
+        make_keeper: MakeKeeper, make_ferry: MakeFerry,
+    ) -> None:  # fmt: skip
+        self.node = node
+        self.all: dict[str, Part] = {}
+        self._numbers = itertools.count(life << 32)
+        self._directory = directory
+        self._store = store
+        self._peers = peers
+        self._reported = reported
+        self._known = known
+        self._others = others
+        self._make_keeper = make_keeper
+        self._make_ferry = make_ferry
+        self._errands = Errands()
+        for name in ("parts", "pipes"):
+            (directory / name).mkdir(mode=0o700, exist_ok=True)
+        for path in (directory / "parts").glob(".*.new"):
+            path.unlink()
+
+    # ------------------------------------------------------------------ life
+
+    async def start(self) -> None:
+        """Find what an earlier life of this agent left running."""
+        for path in sorted((self._directory / "parts").iterdir()):
+            try:
+                orders = msgspec.msgpack.decode(path.read_bytes(), type=wire.Orders)
+            except (OSError, msgspec.MsgspecError) as error:
+                log.error("the orders %s cannot be read (%s): what runs of that pipe ends when its coordinator says so",
+                          path, error)  # fmt: skip
+                continue
+            part = self._new(path.name)
+            self._store.pin(path.name, orders.shipment.contents)
+            await part.recover(orders)
+
+    async def close(self) -> None:
+        """Let go of all; keepers go on. Idempotent."""
+        for part in list(self.all.values()):
+            await part.close()
+        self.all.clear()
+        await self._errands.close()
+
+    def _new(self, pipe: str) -> Part:
+        part = self.all[pipe] = Part(pipe, self._directory / "parts" / pipe, self, self._over)
+        return part
+
+    def _over(self, part: Part) -> None:
+        if self.all.get(part.pipe) is part:
+            del self.all[part.pipe]
+            self._store.pin(part.pipe, ())
+            part.forget()  # at once: a new part of the same pipe may write there next
+            self._errands.run(part.close(), f"forget part {part.pipe}")
+
+    # ------------------------------------------------------------------ orders
+
+    def order(self, pipe: str, orders: wire.Orders) -> None:
+        """A coordinator says what to be.
+
+        Raises:
+            NodeRefused: 409, newer orders are known: another one coordinates that pipe now.
+        """
+        part = self.all.get(pipe)
+        if part is None and orders.plan is None:
+            self._errands.run(self._nothing_here(pipe, orders), f"nothing of {pipe}")
+            return
+        part = part or self._new(pipe)
+        self._store.pin(pipe, orders.shipment.contents)
+        if not part.order(orders):
+            newer = part.orders
+            raise refuse(409, "stale", f"Pipe {pipe} has newer orders here, {newer.fence} of {newer.coordinator}.")
+
+    async def _nothing_here(self, pipe: str, orders: wire.Orders) -> None:
+        report = NodeReport(self.node, self.number(), orders.fence, present=False)
+        try:
+            await self.report(orders.coordinator, pipe, report)
+        except ClusterError:
+            pass  # it asks again
+
+    # ------------------------------------------------------------------ means of a part
+
+    def number(self) -> int:
+        """See part.Means."""
+        return next(self._numbers)
+
+    def keeper(self, pipe: str, news: Callable[[KeeperNews], None], lost: Callable[[str], None]) -> KeeperHandle:
+        """See part.Means."""
+        return self._make_keeper(self._directory / "pipes" / pipe, news, lost)
+
+    def ferry(self, pipe: str, changed: Callable[[], None]) -> FerryHandle:
+        """See part.Means."""
+        return self._make_ferry(pipe, changed)
+
+    def orphaned(self, pipe: str) -> bool:
+        """See part.Means."""
+        return not self._known(pipe)
+
+    def report(self, coordinator: str, pipe: str, report: NodeReport) -> Awaitable[None]:
+        """See part.Means."""
+        return self._report(coordinator, pipe, report)
+
+    async def _report(self, coordinator: str, pipe: str, report: NodeReport) -> None:
+        if coordinator == self.node:
+            self._reported(pipe, report)
+        else:
+            await self._peers.call(coordinator, REPORT, wire.Told(report), pipe=pipe)
+
+    async def prepare(self, pipe: str, orders: wire.Orders) -> Job:
+        """See part.Means."""
+        from upipe.cluster.keeping import Job
+
+        shipment = orders.shipment
+        assert orders.spec is not None
+        if why := misfit(shipment, self.node):
+            raise Unfit(why)
+        if told := differences(shipment):
+            log.warning("pipe %s: other versions here: %s", pipe, ", ".join(told))
+        for content in self._store.missing(shipment.contents):
+            await self._fetch(content, orders.coordinator)
+        try:
+            paths = [str(await asyncio.to_thread(self._store.unpack, one)) for one in shipment.modules]
+        except ArchiveRefused as error:
+            raise Unfit(f"node {self.node} cannot unpack the modules of the pipe: {error}") from None
+        places = ({name: str(self._store.path(one)) for name, one in kind.items()}
+                  for kind in (shipment.code, shipment.scripts))  # fmt: skip
+        code, scripts = places
+        return Job(pipe, orders.spec, code, scripts, tuple(paths))
+
+    async def _fetch(self, content: str, first: str) -> None:
+        """From the coordinator, else from any other node; hashes are checked, so it does not matter who gives it."""
+        failure: ClusterError = NodeUnreachable(f"no other node is known that could have the content {content}")
+        for node in dict.fromkeys((first, *self._others())):
+            if node in ("", self.node):
+                continue
+            try:
+                await self._store.put(content, self._peers.content(node, CODE, sha256=content))
+                return
+            except ClusterError as error:
+                failure = error
+        raise failure

@@ -1,0 +1,201 @@
+"""Contents by their SHA-256, on disk: code, scripts and module archives that pipes need.
+
+    DATA_DIR/code/<sha256>            0600, whole or not there: written aside, checked, renamed
+    DATA_DIR/modules/<sha256>/...     an archive, unpacked once: written aside, renamed
+
+Owned by the agent that holds the data directory's lock. After kill -9 files that were being written are left, and
+removed at the next start. What nobody used for KEEP_DAYS goes then too; in between the oldest go when MOST_BYTES are
+reached, but for those that a pipe here needs (`pin`). Nothing here is executed or unpickled: workers do that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+import time
+import zipfile
+from collections.abc import AsyncIterator, Iterable, Iterator
+from pathlib import Path
+
+from upipe.cluster.server import refuse
+from upipe.settings import MIB
+
+MOST_BYTES = 8192 * MIB
+"""Bytes of all contents. More spares sending again, and takes disk."""
+KEEP_DAYS = 7.0
+MOST_FILES = 20_000
+"""Files of one archive."""
+MOST_UNPACKED = 2048 * MIB
+"""Bytes of one archive, unpacked."""
+_PIECE = 1 << 20
+
+
+class ArchiveRefused(ValueError):
+    """An archive that would write outside its directory, or too much; nothing of it was kept."""
+
+
+class Store:
+    """The contents of one data directory.
+
+    Args:
+        directory: of the agent.
+        most: bytes of all contents.
+    """
+
+    def __init__(self, directory: Path, most: int = MOST_BYTES) -> None:
+        self.directory = directory / "code"
+        self.modules = directory / "modules"
+        self._most = most
+        self._pins: dict[str, frozenset[str]] = {}
+        for one in (self.directory, self.modules):
+            one.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._tidy(time.time() - KEEP_DAYS * 86_400)
+
+    def _tidy(self, before: float) -> None:
+        for path in (*self.directory.iterdir(), *self.modules.iterdir()):
+            if path.name.startswith(".") or path.lstat().st_mtime < before:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    # ------------------------------------------------------------------ contents
+
+    def path(self, sha256: str) -> Path:
+        """Where a content lies, or would."""
+        return self.directory / sha256
+
+    def has(self, sha256: str) -> bool:
+        """Whether it is here; asking counts as using."""
+        try:
+            os.utime(self.path(sha256))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def missing(self, contents: Iterable[str]) -> list[str]:
+        """Of these, what is not here."""
+        return [one for one in contents if not self.has(one)]
+
+    def pin(self, owner: str, contents: Iterable[str]) -> None:
+        """Keep these for `owner` (a pipe); none lets go."""
+        kept = frozenset(contents)
+        if kept:
+            self._pins[owner] = kept
+        else:
+            self._pins.pop(owner, None)
+
+    def read(self, sha256: str) -> Iterator[bytes]:
+        """Its bytes, in pieces.
+
+        Raises:
+            NodeRefused: 404, it is not here.
+        """
+        try:
+            file = self.path(sha256).open("rb")
+        except FileNotFoundError:
+            raise refuse(404, "no_such_content", f"This node does not hold {sha256}.") from None
+        with file:
+            while piece := file.read(_PIECE):
+                yield piece
+
+    async def put(self, sha256: str, pieces: AsyncIterator[bytes]) -> int:
+        """Take a content; its size. One that is here already is read to its end and left as it is.
+
+        Raises:
+            NodeRefused: its hash is another one (400), or there is no room (507).
+        """
+        aside = self.directory / f".{sha256}.{secrets.token_hex(4)}"
+        seen, size = hashlib.sha256(), 0
+        try:
+            fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "wb") as file:
+                async for piece in pieces:
+                    seen.update(piece)
+                    size += len(piece)
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            if seen.hexdigest() != sha256:
+                raise refuse(400, "other_content", f"The content's SHA-256 is {seen.hexdigest()}, not {sha256}.")
+            self._make_room(size, sha256)
+            os.rename(aside, self.path(sha256))
+        except OSError as error:
+            raise refuse(507, "no_room", f"The content cannot be written: {error.strerror}.") from None
+        finally:
+            aside.unlink(missing_ok=True)
+        return size
+
+    def _make_room(self, size: int, keep: str) -> None:
+        pinned = {keep}.union(*self._pins.values())
+        found = [(path.lstat(), path) for path in self.directory.iterdir() if not path.name.startswith(".")]
+        total = size + sum(status.st_size for status, path in found if path.name != keep)
+        for status, path in sorted(found, key=lambda one: one[0].st_mtime):
+            if total <= self._most:
+                return
+            if path.name not in pinned:
+                path.unlink()
+                shutil.rmtree(self.modules / path.name, ignore_errors=True)
+                total -= status.st_size
+        if total > self._most:
+            raise refuse(507, "no_room", f"The contents that pipes here need leave no room for {size:,} bytes more.")
+
+    # ------------------------------------------------------------------ archives
+
+    def unpack(self, sha256: str) -> Path:
+        """The directory of an archive of modules, unpacked when it is not yet. Blocks: call it in a thread.
+
+        Raises:
+            ArchiveRefused: it is no zip archive, has a name that leads out of it, or is too large.
+            OSError: it is not here, or the disk is full.
+        """
+        target = self.modules / sha256
+        if target.is_dir():
+            os.utime(target)
+            return target
+        aside = self.modules / f".{sha256}.{secrets.token_hex(4)}"
+        try:
+            aside.mkdir(mode=0o700)
+            with zipfile.ZipFile(self.path(sha256)) as archive:
+                _extract(archive, aside)
+            try:
+                os.rename(aside, target)
+            except OSError:
+                if not target.is_dir():  # else another one was faster
+                    raise
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+            raise ArchiveRefused(f"the archive {sha256} cannot be read: {error}") from None
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return target
+
+
+def _extract(archive: zipfile.ZipFile, directory: Path) -> None:
+    """All files, none of them elsewhere; sizes are counted as they come, since a header may lie."""
+    members = archive.infolist()
+    if len(members) > MOST_FILES:
+        raise ArchiveRefused(f"the archive has {len(members):,} files; {MOST_FILES:,} are taken")
+    left = MOST_UNPACKED
+    for member in members:
+        path = directory / _inside(member)
+        if member.is_dir():
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            continue
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with archive.open(member) as source, path.open("xb") as file:
+            while piece := source.read(_PIECE):
+                left -= len(piece)
+                if left < 0:
+                    raise ArchiveRefused(f"the archive is larger than {MOST_UNPACKED:,} bytes when unpacked")
+                file.write(piece)
+
+
+def _inside(member: zipfile.ZipInfo) -> str:
+    name = member.filename
+    parts = name.rstrip("/").split("/")
+    kind = stat.S_IFMT(member.external_attr >> 16)
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise ArchiveRefused(f"the archive has {name!r}, which is neither file nor directory")
+    if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+        raise ArchiveRefused(f"the archive has {name!r}, which leads out of it")
+    return name
