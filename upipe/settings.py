@@ -94,7 +94,8 @@ class Settings(msgspec.Struct, frozen=True):
     start_method: str = "auto"
     """Fork server start: "fork" (from this process, milliseconds), "exec" (clean interpreter), or "auto":
     fork when this process has a single Python thread, exec otherwise."""
-    allow_pickle: bool = True
-    """False refuses pickled frames everywhere in the pipe."""
+    allow_pickle: bool | None = None
+    """False refuses pickled frames everywhere in the pipe, True takes them. None: taken on one host, refused on a
+    cluster, where frames come from other hosts and unpickling runs what stands in them."""
     sink_bytes: int = 8 * MIB
     """Ring for what end processors emit, bytes; grown to the largest edge."""
