@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import ssl
 import subprocess
@@ -16,14 +17,15 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.cluster.secure_support import CLIENT, NODE, OTHER, SECRET, Echo, Running, running
-from upipe.cluster import routes, tls, token, wire
+from tests.cluster.secure_support import CLIENT, NODE, OTHER, SECRET, STATUS, Echo, Running, running
+from upipe.cluster import messages, routes, tls, token, wire
 from upipe.cluster.client import Client, Target, told
 from upipe.cluster.server import Call, refuse
 from upipe.errors import NodeAnswerInvalid, NodeRefused, NodeTimeout, NodeUnproven, NodeUnreachable
 
 NOW = datetime.now(UTC)
 PROVEN = tls.Identity("node", NODE)
+ONCE = dataclasses.replace(routes.DRAIN_NODE, again=False)
 
 
 class Recorder(asyncio.Protocol):
@@ -103,7 +105,7 @@ async def test_a_client_shows_its_new_certificate(tmp_path: Path) -> None:
         async with Client(Target("127.0.0.1", node.port, NODE), SECRET, old) as client:
             client.renew(tls.issue(SECRET, CLIENT))
             node.server.renew(tls.issue(SECRET, PROVEN))
-            assert (await client.call(routes.NODE)).node == NODE
+            assert (await client.call(routes.NODE)).info.node_id == NODE
 
 
 async def test_a_socket_in_a_directory_of_others_is_not_asked(tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ async def test_a_socket_in_a_directory_of_others_is_not_asked(tmp_path: Path) ->
 
 async def test_a_seed_may_be_any_node_of_the_cluster(tmp_path: Path) -> None:
     async with running(tmp_path) as node, node.client(node="") as client:
-        assert (await client.call(routes.NODE)).node == NODE
+        assert (await client.call(routes.NODE)).info.node_id == NODE
 
 
 async def test_a_redirect_is_not_followed(tmp_path: Path) -> None:
@@ -168,9 +170,7 @@ class Waits:
         self.waited.append(seconds)
 
 
-@pytest.mark.parametrize(
-    ("route", "body", "tries"), [(routes.NODE, None, 3), (routes.SUBMIT, wire.PipeRequest("p", {}), 1)]
-)
+@pytest.mark.parametrize(("route", "body", "tries"), [(routes.NODE, None, 3), (ONCE, wire.Stopping(), 1)])
 async def test_only_what_may_be_sent_twice_is_tried_again(route: Any, body: Any, tries: int) -> None:
     async with imposter(node_of()) as (port, _):
         pass  # it was there, and is gone
@@ -185,17 +185,17 @@ async def test_only_what_may_be_sent_twice_is_tried_again(route: Any, body: Any,
 async def test_a_connection_that_breaks_is_tried_again(tmp_path: Path) -> None:
     calls = 0
 
-    async def flaky(call: Call) -> wire.NodeInfo:
+    async def flaky(call: Call) -> wire.NodeStatus:
         nonlocal calls
         calls += 1
         if calls < 3:
             transport = call._request.transport
             assert transport is not None
             transport.abort()
-        return wire.NodeInfo(NODE, "c", "v", 1, 1, "h", 0.0)
+        return STATUS
 
     async with running(tmp_path, node=flaky) as node, node.client(sleep=Waits()) as client:
-        assert (await client.call(routes.NODE)).node == NODE
+        assert (await client.call(routes.NODE)).info.node_id == NODE
     assert calls == 3
 
 
@@ -243,7 +243,7 @@ async def _use(node: Running) -> None:
         await client.call(routes.NODE)
         await client.call(routes.STOP, wire.Stopping(), pipe="p")
         with pytest.raises(NodeRefused):
-            await client.call(routes.LEAVE, wire.Leave(NODE))
+            await client.call(routes.LEAVE, messages.Leave(NODE, 1))
 
 
 async def test_the_token_is_in_no_log_and_in_no_exception(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,7 +18,7 @@ from upipe.cluster import probes, tls, token
 from upipe.cluster.doctor import Certificate, Finding, Memory, Peer, Seen, Token, Wanted, examine
 from upipe.cluster.probes import SystemProbes
 from upipe.cluster.server import Call
-from upipe.cluster.wire import Member, Members
+from upipe.cluster.wire import Member, Members, NodeStatus
 from upipe.memq.layout import LAYOUT_VERSION
 
 NOW = datetime(2026, 11, 22, tzinfo=UTC)
@@ -122,10 +122,12 @@ async def test_a_real_node_and_whom_it_knows_are_asked(tmp_path: Path) -> None:
     async def info(call: Call) -> Any:
         import time
 
-        return msgspec.structs.replace(INFO, now=time.time() + 100, version=__version__, layout=LAYOUT_VERSION)
+        info = msgspec.structs.replace(INFO, version=__version__, layout=LAYOUT_VERSION)
+        return NodeStatus(info, time.time() + 100)
 
     async def members(call: Call) -> Members:
-        return Members("test", (Member("bb" * 8, ("127.0.0.1:1",), "alive"), Member(NODE, ("x:1",), "alive")))
+        other = msgspec.structs.replace(INFO, node_id="bb" * 8, port=1)
+        return Members("test", (Member(other, "alive"), Member(INFO, "alive")))
 
     async with running(tmp_path, node=info, members=members) as node:
         wanted = Wanted(seeds=(f"127.0.0.1:{node.port}", "no port"))
@@ -133,7 +135,7 @@ async def test_a_real_node_and_whom_it_knows_are_asked(tmp_path: Path) -> None:
         credentials = tls.issue(SECRET, CLIENT)
         seed, bad, other = await mine.peers(wanted, SECRET, credentials)
         [stranger, _] = (await mine.peers(wanted, OTHER, tls.issue(OTHER, CLIENT)))[:2]
-    assert seed.info is not None and seed.info.node == NODE and 99 < seed.offset < 101
+    assert seed.info is not None and seed.info.node_id == NODE and 99 < seed.offset < 101
     assert bad.error == "Address" and "HOST:PORT" in bad.fault
     assert other.address == "127.0.0.1:1" and other.error == "NodeUnreachable"
     assert stranger.error == "NodeUnproven" and "token" in stranger.fault

@@ -57,7 +57,7 @@ async def test_idle_strangers_lock_nobody_out(tmp_path: Path, plain: bool) -> No
             assert status_of(await node.raw(request("GET", "/v1/node", "Connection: close"))) == 200
         else:
             async with node.client() as client:
-                assert (await client.call(routes.NODE)).node == NODE
+                assert (await client.call(routes.NODE)).info.node_id == NODE
         for _, writer in strangers:
             await closed(writer)
         assert "turned_away" in {one["event"] for one in node.audit()}
@@ -79,7 +79,7 @@ async def test_the_socket_is_ours_alone_and_asks_for_the_token_too(tmp_path: Pat
         assert stat.S_IMODE(node.unix.stat().st_mode) == 0o600
         assert stat.S_IMODE(node.unix.parent.stat().st_mode) == 0o700
         async with Client(Target(unix=node.unix), SECRET) as client:
-            assert (await client.call(routes.NODE)).node == NODE
+            assert (await client.call(routes.NODE)).info.node_id == NODE
         reader, writer = await asyncio.open_unix_connection(str(node.unix))
         writer.write(request("GET", "/v1/node", token=None))
         assert status_of(await reader.read()) == 401

@@ -371,9 +371,9 @@ async def test_stopping_twice_does_no_harm_and_ends_upgraded_connections(tmp_pat
 def test_all_of_it_runs_on_uvloop_too(tmp_path: Path) -> None:
     async def use() -> None:
         async with running(tmp_path) as node, node.client() as client:
-            assert (await client.call(routes.NODE)).node == NODE
+            assert (await client.call(routes.NODE)).info.node_id == NODE
             async with Client(Target(unix=node.unix), SECRET) as local:
-                assert (await local.call(routes.NODE)).node == NODE
+                assert (await local.call(routes.NODE)).info.node_id == NODE
             ours = Hearing()
             transport = await client.upgrade(routes.MIRROR, ours, mirror="m")
             transport.write(b"bytes")

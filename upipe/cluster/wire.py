@@ -6,7 +6,7 @@ Frames do not travel here, they go over mirrors.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -79,7 +79,7 @@ class PipeRequest(msgspec.Struct, frozen=True):
     """The declared graph, without code."""
     shipment: Shipment = Shipment()
     """The node must hold its contents already (put_code)."""
-    client: NodeId | Literal[""] = ""
+    client: Annotated[str, Meta(pattern=f"^({NODE_ID})?$")] = ""
     """The submitting process, when it emits or reads results."""
 
 
@@ -201,7 +201,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     working_directory: Sha256
     """Content hash of its archive."""
     environment: Annotated[dict[str, Text], Meta(max_length=256)] = {}
-    id: Name | Literal[""] = ""
+    id: Annotated[str, Meta(pattern=f"^({NAME})?$")] = ""
     """Chosen by who submits, so that asking twice runs it once; "" lets the node choose."""
 
 
