@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ async def test_data_flows_over_the_mirrors_of_a_chain_once_and_in_order() -> Non
     values = list(range(3000))
     async with chain() as here:
         one_, two, three = (here.nodes[name] for name in "123")
+        began = time.monotonic()
         _, _, found = await asyncio.gather(
             put_all(one_.writer(A_TO_B), values),
             two.work(A_TO_B, B_TO_C, len(values)),
@@ -61,6 +63,7 @@ async def test_data_flows_over_the_mirrors_of_a_chain_once_and_in_order() -> Non
         )
         assert found == values
         await until(lambda: finished(here, "1", A_TO_B) == finished(here, "2", B_TO_C) == len(values))
+        assert 1 <= two.news <= (time.monotonic() - began) / ferries.CALM + 2
         assert sorted(here.dialled) == [("1", "2"), ("2", "3")]
         await until(lambda: two.state(A_TO_B).settled and three.state(B_TO_C).settled)
         infos = {(info.role, info.peer): info for node in (one_, two, three) for info in node.ferry.infos()}
