@@ -128,7 +128,11 @@ class NodeRunner(Doing):
         for worker in plan.workers:
             if worker_name(worker) not in changed and set(fresh) & set(worker.inputs):
                 self._handle(ev.Changed(worker))
-        if any(step.what == "start" for step in steps):
+        stay = [name for name in (old.leaving if old else ()) if name not in plan.leaving]
+        for worker in plan.workers:
+            if worker_name(worker) in stay:  # it was to go elsewhere, and is to stay now: it begins again
+                self._handle(ev.Joined(worker))
+        if any(step.what == "start" for step in steps) or stay:
             self.held.later("up", self.spec.settings.start_deadline, self._callback(self._check_up))
 
     def _step(self, plan: NodePlan, step: Step) -> None:
