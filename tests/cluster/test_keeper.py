@@ -22,7 +22,7 @@ from tests.cluster.test_lanes import seats
 from tests.system.support import stat
 from upipe.cluster import keeper, keepers, keeping
 from upipe.cluster.keeping import Job
-from upipe.cluster.lanes import Layout, lay_out, prune, relay
+from upipe.cluster.lanes import Lane, Layout, lay_out, prune, relay
 from upipe.errors import KeeperFailed
 from upipe.graph.plan import REPLIES, RESULTS
 from upipe.memq import MemQ, segment
@@ -592,3 +592,53 @@ async def test_a_queue_is_kept_until_a_worker_that_was_told_of_it_has_attached_i
 
 def prune_all(layout: Layout) -> Layout:
     return prune(layout, [lane.name for lane in layout.lanes])
+
+
+async def test_a_source_resumes_behind_what_it_emitted_into_queues_that_are_gone(held: MakeHeld) -> None:
+    spec = chain(one("a", "source", resume=True), one("b"))
+    first = lay_out(spec, seats(a="1", b="2"), "c")
+    here = held(spec, first, a=lazily)
+    await here.start()
+    await here.follow()
+    await here.up()
+    (old,) = [lane.name for lane in first.lanes if lane.stream == "e0-a-b"]
+    ring = here.queue(old)
+    found = await take(ring, 5)
+    ring.finish()
+    here.layout = relay(spec, first, seats(a="1", b="3"))  # b moves; its lane is read there now, as the same queue
+    away = msgspec.structs.replace(
+        here.layout,
+        lanes=tuple(
+            msgspec.structs.replace(lane, name="e0-a-b-r9") if lane.name == old else lane
+            for lane in here.layout.lanes
+        ),
+    )
+    here.layout = msgspec.structs.replace(away, lanes=(*away.lanes, closed(here.layout, old)))
+    await here.follow()  # a writes r9 now, the old one drains
+    fresh = here.queue("e0-a-b-r9")
+    found += await take(fresh, 5)
+    found += await drained_now(ring)
+    await here.kill("a#0")  # counts both
+    found += await take(fresh, 5)
+    here.layout = away
+    await here.follow()  # the old one is gone
+    assert old not in here.news.labels
+    await here.kill("a#0")
+    while len(found) < COUNT:
+        found += await take(fresh, 1)
+    assert found.sort() is None and found == list(range(COUNT))
+    await here.until(lambda news: news.ended == (("a", 0),), "a ended")
+    assert fresh.qsize() == 0
+    await here.stop()
+
+
+def closed(layout: Layout, name: str) -> Lane:
+    return next(msgspec.structs.replace(lane, open=False) for lane in layout.lanes if lane.name == name)
+
+
+async def drained_now(ring: MemQ) -> list[int]:
+    found = []
+    while (value := ring.get_or(None)) is not None:
+        found.append(value)
+    ring.finish()
+    return found
