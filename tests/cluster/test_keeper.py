@@ -21,13 +21,14 @@ from tests.cluster.keeper_support import HERE, SMALL, Held, chain, drained, gone
 from tests.cluster.test_lanes import seats
 from tests.system.support import stat
 from upipe.cluster import keeper, keepers, keeping
-from upipe.cluster.keeping import Job
+from upipe.cluster.keeping import Follow, Job
 from upipe.cluster.lanes import Lane, Layout, lay_out, prune, relay
 from upipe.errors import KeeperFailed
 from upipe.graph.plan import REPLIES, RESULTS
 from upipe.memq import MemQ, segment
 from upipe.settings import AutoscalePolicy
 
+pytestmark = [pytest.mark.slow, pytest.mark.system]
 MakeHeld = Callable[..., Held]
 COUNT = 200
 
@@ -71,8 +72,13 @@ async def test_a_pipe_on_one_node_from_its_start_to_its_end(held: MakeHeld) -> N
     await here.follow(ends=frozenset([*ends, RESULTS, REPLIES]))
     assert sorted(await drained(results)) == [4 * number for number in range(COUNT)]
     assert here.news.left == () and here.news.failed == "" and here.news.crews["b"].cpu_seconds > 0
+    kept = msgspec.json.decode((here.directory / "plan").read_bytes(), type=Follow)  # for tools
+    assert (kept.fence, kept.plan) == (here.news.fence, here.plan)
+    pid = here.keeper.pid
     await here.stop()
+    await until(lambda: segment.process_state(pid) is None)  # reaped
     assert here.lost == [] and here.keeper.last_word() == here.news
+    assert not (segment.root() / here.news.session).exists()
     assert not await here.agent().find()
     assert HERE in here.layout.nodes()
 
@@ -494,11 +500,21 @@ def lazily():  # type: ignore[no-untyped-def]
         yield number
 
 
-async def test_autoscaling_uses_the_room_of_its_plan(held: MakeHeld) -> None:
+async def test_autoscaling_uses_the_room_of_its_plan(held: MakeHeld, tmp_path: Path) -> None:
     policy = AutoscalePolicy(up_age=0.05, interval=0.05, down_idle=0.3)
     settings = msgspec.structs.replace(SMALL, autoscale=policy)
     spec = chain(one("a", "source"), one("b", autoscale=3), settings=settings)
     here = held(spec, lay_out(spec, seats(a="1", b="211"), "c"), a=lazily, b=double)  # b#0 is elsewhere
+    alone = held(spec, lay_out(spec, seats(a="2", b="211"), "c"), b=double)
+    alone.directory = tmp_path / "alone"
+    alone.keeper = alone.agent()
+    await alone.start()
+    await alone.follow()
+    assert alone.news.workers == () and alone.news.up
+    (lane,) = [lane.name for lane in alone.layout.of("e0-a-b") if lane.reader == HERE]
+    publish(alone.queue(lane), 1, [7])
+    await alone.until(lambda news: any(worker.pid for worker in news.workers), "one runs for the first frame")
+    await alone.stop()
     await here.start()
     await here.follow()
     assert not any(worker.name.startswith("b") for worker in here.news.workers)
