@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -658,3 +660,49 @@ async def drained_now(ring: MemQ) -> list[int]:
         found.append(value)
     ring.finish()
     return found
+
+
+@pytest.mark.chaos
+async def test_nothing_is_lost_while_workers_come_go_and_die(held: MakeHeld) -> None:
+    dice = random.Random(4)
+    spec = chain(one("a", "source", resume=True), one("b", workers=3))
+    here = held(spec, lay_out(spec, seats(a="1", b="1--"), ""), a=lazily, b=slow)
+    results = await running(here)
+    found: list[int] = []
+
+    async def read() -> None:
+        async for value in results:
+            found.append(value)
+
+    reading = asyncio.create_task(read())
+    killed = 0
+    until_then = time.monotonic() + 30
+    while ("a", 0) not in here.news.ended:
+        assert time.monotonic() < until_then, here.news
+        what = dice.randrange(4)
+        restarts = here.news.crews["a"].restarts
+        if what == 0 and restarts > 2:
+            what = 3  # each life begins at zero, and is to come further than the one before
+        if what < 2:
+            names = [one.name for one in here.news.workers if one.pid and (one.name == "a#0") == (what == 0)]
+            killed += what
+            with suppress(ProcessLookupError, IndexError):  # it ended this instant, or none runs
+                os.kill(here.worker(dice.choice(names)), signal.SIGKILL)
+        elif what == 2:
+            row = "1" + "".join(dice.choice("1-") for _ in range(2))
+            killed += 2  # at most: those that are taken away are killed
+            here.layout = relay(spec, here.layout, seats(a="1", b=row))
+            await here.follow()
+        else:
+            await here.follow(leaving=tuple(name for name in ("b#1", "b#2") if dice.random() < 0.5))
+        await asyncio.sleep(dice.random() * 0.05)
+    here.layout = relay(spec, here.layout, seats(a="1", b="111"))
+    await here.follow()
+    await here.follow(ends=frozenset({"e0-a-b"}))
+    await here.until(lambda news: {("b", 0), ("b", 1), ("b", 2)} <= set(news.ended), "b ended")
+    await here.follow(ends=frozenset({"e0-a-b", RESULTS, REPLIES}))
+    async with asyncio.timeout(10):
+        await reading
+    assert set(found) == set(range(COUNT)) and len(found) <= COUNT + killed
+    assert here.news.failed == "" and here.lost == []
+    await here.stop()
