@@ -35,6 +35,7 @@
         |-- OptionInvalid   (ValueError)      what you wrote for an address, seed, label or resource cannot be read
         |-- MessageInvalid  (ValueError)      a node sent what cannot be read; nothing was changed
         |-- DataDirRefused  (OSError)         the agent's data directory cannot be used; says why
+        |-- KeeperFailed                      the process that runs a pipe on this node does not start, or not answer
         `-- NodeRefused                       the node said no; carries status, code and sentence
 
 A full or empty queue is no error of ours: MemQ raises queue.Full and queue.Empty, processors raise TimeoutError.
@@ -272,3 +273,7 @@ class MessageInvalid(ClusterError, ValueError):
 
 class DataDirRefused(ClusterError, OSError):
     """The data directory of the agent belongs to someone else, is in use, or holds what cannot be read."""
+
+
+class KeeperFailed(ClusterError):
+    """The keeper, which runs a pipe on this node, does not start or does not answer; says why, and where it wrote."""

@@ -30,13 +30,17 @@ class Controller:
     __slots__ = ("_idle_since", "_maximum", "_minimum", "_next_up", "_policy")
 
     def __init__(self, policy: AutoscalePolicy, minimum: int, maximum: int) -> None:
-        if not 1 <= minimum <= maximum:
-            raise ValueError(f"autoscale needs 1 <= minimum <= maximum, not {minimum} and {maximum}")
+        self.limit(minimum, maximum)
         self._policy = policy
-        self._minimum = minimum
-        self._maximum = maximum
         self._next_up = float("-inf")
         self._idle_since: float | None = None
+
+    def limit(self, minimum: int, maximum: int) -> None:
+        """Other bounds from now on: on a cluster the workers of a node come and go. ValueError as for the class."""
+        if not 1 <= minimum <= maximum:
+            raise ValueError(f"autoscale needs 1 <= minimum <= maximum, not {minimum} and {maximum}")
+        self._minimum = minimum
+        self._maximum = maximum
 
     def decide(self, now: float, workers: int, used_share: float, oldest_age: float, waiting: int) -> int:
         """Take one observation, about every `policy.interval` seconds, and return the step: +1, 0 or -1.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from upipe.graph.plan import WorkerPlan
+
 # ------------------------------------------------------------------ events
 
 
@@ -72,12 +74,13 @@ class Paused:
 @dataclass(frozen=True, slots=True)
 class Load:
     """Input of an autoscaled processor: share of the ring in use (0..1), age of the oldest frame (s), frames
-    waiting."""
+    waiting; whether the stream is at its end."""
 
     processor: str
     used_share: float
     oldest_age: float
     waiting: int
+    ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,50 @@ class Tick:
     """Time passed; see deadline()."""
 
 
-Event = Spawned | Ready | Done | Raised | Exited | Refused | Paused | Load | GaveUp | DrainPipe | StopPipe | Tick
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """On a cluster: this node has that worker from now on."""
+
+    plan: WorkerPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """On a cluster: a worker of this node uses other queues from now on; they are there."""
+
+    plan: WorkerPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """On a cluster: a worker shall finish what it holds and end, to go on elsewhere."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """On a cluster: a worker is not this node's any more; it ends now."""
+
+    worker: str
+
+
+Rearrangement = Joined | Changed | Leaving | Removed
+Event = (
+    Spawned
+    | Ready
+    | Done
+    | Raised
+    | Exited
+    | Refused
+    | Paused
+    | Load
+    | GaveUp
+    | DrainPipe
+    | StopPipe
+    | Tick
+    | Rearrangement
+)
 
 # ------------------------------------------------------------------ commands
 
@@ -125,6 +171,13 @@ class KillWorker:
 @dataclass(frozen=True, slots=True)
 class DrainWorker:
     """Ask it to finish and end."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class RewireWorker:
+    """Tell it the queues of its plan; of one that does not run, close the ends that are not in its plan any more."""
 
     worker: str
 
@@ -181,6 +234,7 @@ Command = (
     StartWorker
     | KillWorker
     | DrainWorker
+    | RewireWorker
     | Recover
     | DeclareEnds
     | CloseEnds

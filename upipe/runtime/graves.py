@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from upipe.errors import ProcessorError, QueueError, QueueStuck
 from upipe.frame import DataFrame
-from upipe.graph.plan import Plan, WorkerPlan
+from upipe.graph.plan import WorkerPlan
 from upipe.graph.spec import PipeSpec
 from upipe.memq.queue import MemQ
 from upipe.runtime import spool
-from upipe.runtime.provision import label
 from upipe.runtime.spool import Checkpoint, DeadLetter
 
 WORKER_DIED = "WorkerDied"
@@ -21,11 +20,15 @@ WORKER_DIED = "WorkerDied"
 class Graves:
     """Recovers the queues of one pipe."""
 
-    def __init__(self, spec: PipeSpec, plan: Plan, number: int, directory: Path, queues: dict[str, MemQ]) -> None:
-        self.plan = plan
-        self.number = number
+    def __init__(
+        self, spec: PipeSpec, labelled: Callable[[str], str], directory: Path, queues: dict[str, MemQ]
+    ) -> None:
+        self.labelled = labelled
+        """Name in the session of a queue."""
         self.directory = directory
         self.queues = queues
+        self.sources: dict[str, str] = {}
+        """Processor that emits into each queue; "" is the pipe."""
         self.bytes = 0
         """Of all dead letters, those of workers too."""
         self._most = {one.name: one.max_deliveries for one in spec.processors}
@@ -41,7 +44,7 @@ class Graves:
         """
         saved = spool.load_checkpoint(spool.checkpoint_path(self.directory, worker.processor, worker.index))
         covered = (saved or Checkpoint(b"", {})).covered
-        positions = {name: covered.get(label(self.number, name), ()) for name in worker.inputs}
+        positions = {name: covered.get(self.labelled(name), ()) for name in worker.inputs}
         most, lost = self._most[worker.processor], []
         for name in worker.inputs:
             for position in self._recover(self.queues[name], pid, start, most, positions[name]):
@@ -66,14 +69,14 @@ class Graves:
     def _bury(self, ring: MemQ, name: str, position: int, worker: WorkerPlan) -> tuple[int, ProcessorError]:
         raw = ring.raw(position)
         frame = DataFrame.unpack(raw, lazy=True)
-        source = next(queue.source for queue in self.plan.queues if queue.name == name)
+        source = self.sources[name]
         text = f"its worker died while processing it, {frame.deliveries} times"
         who = f"{worker.processor}#{worker.index}"
         letter = DeadLetter(
             worker.processor,
             who,
             source,
-            label(self.number, name),
+            self.labelled(name),
             position,
             frame.deliveries,
             WORKER_DIED,

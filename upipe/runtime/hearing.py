@@ -1,7 +1,7 @@
 """The sockets of one pipe in the caller's loop: what the fork server and the workers say, and what they are told.
 
-Half of LocalRunner (local.py), which is the other half: this one turns messages into events, and neither waits nor
-decides.
+Half of the shell around a supervisor; doing.py is the other half. This one turns messages into events, and neither
+waits nor decides.
 """
 
 from __future__ import annotations
@@ -79,8 +79,10 @@ class Hearing:
         ours.setblocking(False)
         self.held.keep_socket(command.worker, ours)
         self.held.watch(ours.fileno(), self._callback(self._hear), command.worker, ours)
-        one = self.supervisor.slots[command.worker].spec
-        self.held.server.spawn(provision.request(command.worker, one), theirs)
+        self.held.server.spawn(self._request(command.worker), theirs)
+
+    def _request(self, worker: str) -> messages.Spawn:
+        return provision.request(worker, self.supervisor.slots[worker].spec)
 
     def _say(self, worker: str, message: messages.ToWorker) -> None:
         """A worker is told two things in its life, which always fit the buffer of its socket: this does not block."""

@@ -17,7 +17,8 @@ def loads(spec: PipeSpec, plan: Plan, queues: Mapping[str, MemQ]) -> Iterator[Lo
     for one in spec.processors:
         if one.autoscale:
             try:
-                yield _load(one.name, [queues[queue.name] for queue in plan.queues if queue.target == one.name])
+                read = {name for worker in plan.workers if worker.processor == one.name for name in worker.inputs}
+                yield _load(one.name, [queues[name] for name in read])
             except QueueError:
                 continue
 
@@ -30,4 +31,5 @@ def _load(name: str, inputs: list[MemQ]) -> Load:
         used_share=max((found.depth / found.capacity for found in stats), default=0.0),
         oldest_age=max((found.oldest_age() for found in stats), default=0.0) if waiting else 0.0,
         waiting=waiting,
+        ended=bool(inputs) and all(queue.ended for queue in inputs),
     )

@@ -1,6 +1,6 @@
-"""The shell around the supervisor on one host: it hears the fork server, the workers and the clock, asks the
-supervisor, and does what that says. Runs in the caller's event loop; nothing here waits there for longer than a system
-call, but for the end.
+"""A pipe on one host, in the caller's process and event loop: how it begins, what it has, how it ends. The shell around
+its supervisor is hearing.py and doing.py. Nothing here waits in the loop for longer than a system call, but for the
+end.
 
 What it owns lies in `Holdings`: let go of at the end of the pipe, at the exit of the program or when the pipe is
 forgotten.
@@ -12,29 +12,24 @@ import asyncio
 import errno
 import itertools
 import os
-import signal
 import time
 import weakref
-from collections import deque
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 import msgspec
 
-from upipe.errors import PipeError, PipeFailed, QueueStuck
+from upipe.errors import PipeError, PipeFailed
 from upipe.graph.plan import PIPE, REPLIES, RESULTS, Plan
 from upipe.graph.spec import PipeSpec
-from upipe.lifecycle import PIPE_ENDED
-from upipe.memq import segment
 from upipe.memq.queue import MemQ
-from upipe.runtime import answers, messages, provision, snapshot, spool
+from upipe.runtime import answers, provision, snapshot, spool
 from upipe.runtime import events as ev
+from upipe.runtime.doing import Doing
 from upipe.runtime.graves import Graves
-from upipe.runtime.hearing import Hearing
-from upipe.runtime.holdings import DISCARD, Holdings, abandon, signal_quietly, warn_no_more_at_exit
-from upipe.runtime.load import loads
+from upipe.runtime.holdings import DISCARD, Holdings, abandon, warn_no_more_at_exit
 from upipe.runtime.messages import Assignment
-from upipe.runtime.osproc import wait_dead
 from upipe.runtime.report import Report
 from upipe.runtime.spool import DeadLetter
 from upipe.runtime.supervisor import Supervisor
@@ -42,7 +37,7 @@ from upipe.runtime.supervisor import Supervisor
 _numbers = itertools.count(1)
 
 
-class LocalRunner(Hearing):
+class LocalRunner(Doing):
     """One pipe on this host.
 
     Args:
@@ -52,21 +47,13 @@ class LocalRunner(Hearing):
     """
 
     def __init__(self, spec: PipeSpec, layout: Plan, codes: dict[str, bytes]) -> None:
-        super().__init__()
-        self.spec = spec
-        self.plan = layout
+        super().__init__(spec, layout, Supervisor(spec, layout))
         self.codes = codes
-        self.supervisor = Supervisor(spec, layout)
         self.number = next(_numbers)
-        self.queues: dict[str, MemQ] = {}
-        self.calls: answers.Calls = {}
         self.up: asyncio.Future[None] | None = None
         self.ended: asyncio.Future[None] | None = None
         self.began = time.monotonic()
-        self._workers = {f"{one.processor}#{one.index}": one for one in layout.workers}
         self._assignments: dict[str, Assignment] = {}
-        self._events: deque[ev.Event] = deque()
-        self._handling = False
         self._letters: list[DeadLetter] = []
         self._final: Report | None = None
 
@@ -97,7 +84,8 @@ class LocalRunner(Hearing):
         self.queues = self.held.queues
         self._finalizer = weakref.finalize(self, abandon, self.held, self.spec.name)
         warn_no_more_at_exit()
-        self.graves = Graves(self.spec, self.plan, self.number, self.held.spool, self.queues)
+        self.graves = Graves(self.spec, partial(provision.label, self.number), self.held.spool, self.queues)
+        self.graves.sources.update((queue.name, queue.source) for queue in self.plan.queues)
 
     def _launch(self, commands: list[ev.Command]) -> None:
         os.makedirs(self.held.spool / "dead", mode=0o700)
@@ -144,58 +132,10 @@ class LocalRunner(Hearing):
     def _tell_assignment(self, command: ev.StartWorker) -> None:
         self._say(command.worker, msgspec.structs.replace(self._assignments[command.worker], epoch=command.epoch))
 
-    def _count_letter(self, size: int) -> None:
-        self.graves.bytes += size
-        most = self.spec.settings.dead_letter_bytes
-        if self.graves.bytes > most:
-            self._handle(
-                ev.GaveUp(
-                    f"the dead letters take {self.graves.bytes:,} bytes, more than dead_letter_bytes={most:,} allows; "
-                    "read pipe.dead_letters() and mend the processor"
-                )
-            )
+    # ------------------------------------------------------------------ doing
 
-    # ------------------------------------------------------------------ deciding and doing
-
-    def _handle(self, event: ev.Event) -> None:
-        """Let the supervisor follow an event, and do what it says. What happens meanwhile comes after, in order."""
-        self._events.append(event)
-        if self._handling:
-            return
-        self._handling = True
-        try:
-            while self._events:
-                for command in self.supervisor.handle(self._events.popleft(), time.monotonic()):
-                    self._do(command)
-        finally:
-            self._handling = False
-        due = self.supervisor.deadline()
-        if due is None:
-            self.held.cancel("tick")
-        else:
-            self.held.later("tick", due - time.monotonic(), self._callback(self._tick))
-
-    def _tick(self) -> None:
-        self._handle(ev.Tick())
-
-    def _do(self, command: ev.Command) -> None:
-        if isinstance(command, ev.StartWorker):
-            self._fork(command)
-            self._tell_assignment(command)
-        elif isinstance(command, ev.KillWorker):
-            if command.worker in self.held.pidfds:
-                signal_quietly(self.held.pidfds[command.worker], signal.SIGKILL)
-        elif isinstance(command, ev.DrainWorker):
-            self._say(command.worker, messages.Drain())
-        elif isinstance(command, ev.Recover):
-            self._recover(command)
-        elif isinstance(command, ev.DeclareEnds):
-            for name, number in self._ends(command.worker):
-                self.queues[name].declare_producer(number)
-        elif isinstance(command, ev.CloseEnds):
-            for name, number in self._ends(command.worker):
-                self.queues[name].close_producer(number)
-        elif isinstance(command, ev.DiscardInputs):
+    def _do_more(self, command: ev.Command) -> None:
+        if isinstance(command, ev.DiscardInputs):
             for queue in self.plan.queues:
                 if queue.target == command.processor:
                     self.queues[queue.name].set_policy(DISCARD)
@@ -204,51 +144,14 @@ class LocalRunner(Hearing):
         elif isinstance(command, ev.PipeUp):
             if self.up is not None and not self.up.done():
                 self.up.set_result(None)
-        else:
+        elif isinstance(command, ev.PipeEnded):
             self._pipe_ended(command)
-
-    def _ends(self, worker: str) -> list[tuple[str, int]]:
-        plan = self._workers[worker]
-        found = [(name, output.producer) for output in plan.outputs for name in output.queues]
-        return [*found, (plan.replies, plan.reply_producer)]
 
     def close_input(self) -> None:
         """Close the pipe's own end into its roots. Idempotent."""
         for queue in self.plan.queues:
             if queue.source == PIPE and queue.name in self.queues:
                 self.queues[queue.name].close_producer(0)
-
-    def _recover(self, command: ev.Recover) -> None:
-        plan = self._workers[command.worker]
-        ends = [name for name, _ in self._ends(command.worker)]
-        try:
-            dead = self.graves.recover(plan, ends, command.pid, command.start)
-        except QueueStuck:  # somebody was stopped inside a lock: its death gives the lock free
-            self._kill_stopped()
-            dead = self.graves.recover(plan, ends, command.pid, command.start)
-        segment.remove_dead(command.pid, command.start)
-        for execution, error in dead:
-            answers.fail_call(self.calls, execution, error)
-        self._count_letter(0)
-
-    def _kill_stopped(self) -> None:
-        for slot in self.supervisor.slots.values():
-            if slot.name in self.held.pidfds and segment.process_state(slot.pid) in ("T", "t"):
-                signal_quietly(self.held.pidfds[slot.name], signal.SIGKILL)
-                wait_dead(self.held.pidfds[slot.name], 2.0)
-
-    def _broke(self, error: Exception) -> None:
-        """A callback raised: fail the pipe, whatever else goes wrong on the way."""
-        self._events.clear()
-        try:
-            self._handle(ev.GaveUp(provision.told(error, self.plan)))
-        except Exception as second:
-            self.loop.call_exception_handler(
-                {"message": f"uPipe: ending pipe {self.spec.name!r} failed", "exception": second}
-            )
-            self._close()
-        if self.state in PIPE_ENDED and not self.held.pidfds:
-            self._close()
 
     # ------------------------------------------------------------------ ending
 
@@ -296,19 +199,6 @@ class LocalRunner(Hearing):
         if not done:
             await self.stop()
         return bool(done)
-
-    # ------------------------------------------------------------------ autoscale
-
-    def _scale_later(self) -> None:
-        if any(one.autoscale for one in self.spec.processors):
-            self.held.later("scale", self.spec.settings.autoscale.interval, self._callback(self._measure))
-
-    def _measure(self) -> None:
-        for event in loads(self.spec, self.plan, self.queues):
-            if self.state in ("running", "draining"):
-                self._handle(event)
-        if self.state not in PIPE_ENDED:
-            self._scale_later()
 
     # ------------------------------------------------------------------ telling
 

@@ -101,6 +101,8 @@ class Assignment(msgspec.Struct, frozen=True, tag=True):
     """Seconds a frame may take; see Processor."""
     rewires: bool = False
     """Rewire may come (a cluster)."""
+    modules: tuple[str, ...] = ()
+    """Modules that came with the code (a cluster): put before sys.path."""
 
     @property
     def worker(self) -> str:

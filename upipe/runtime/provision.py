@@ -8,12 +8,14 @@ import os
 import resource
 import sys
 import traceback
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from upipe.errors import UpipeError
-from upipe.graph.plan import PIPE, OutputPlan, Plan, QueuePlan
+from upipe.graph.plan import PIPE, OutputPlan, Plan, QueuePlan, WorkerPlan
 from upipe.graph.spec import PipeSpec, ProcessorSpec
 from upipe.memq import segment
 from upipe.memq.queue import MemQ
@@ -66,38 +68,60 @@ def assignments(spec: PipeSpec, plan: Plan, number: int, spool: Path, files: dic
     found = {}
     for worker in plan.workers:
         one = processors[worker.processor]
-        told = Assignment(
-            pipe=spec.name,
-            processor=one.name,
-            index=worker.index,
-            epoch=0,
-            workers=one.workers,
-            kind=one.kind,
-            root=str(segment.root()),
-            session=spool.parent.name,
-            spool=str(spool),
-            code=files.get(one.name, ""),
-            inputs=tuple(label(number, name) for name in worker.inputs),
-            sources=tuple(sources[name] for name in worker.inputs),
-            outputs=tuple(_output(output, number) for output in worker.outputs),
-            replies=label(number, worker.replies),
-            reply_producer=worker.reply_producer,
-            on_error=one.on_error,
-            max_deliveries=one.max_deliveries,
-            resume=one.resume,
-            checkpoint_every=one.checkpoint_every,
-            takes_config=one.takes_config,
-            emit_wait=spec.settings.emit_wait,
-            sys_path=tuple(sys.path),
-            cwd=os.getcwd(),
-            frame_timeout=one.frame_timeout,
-        )
-        found[told.worker] = told
+        told = assignment(spec, one, worker, sources, partial(label, number), spool)
+        found[told.worker] = msgspec.structs.replace(told, code=files.get(one.name, ""))
     return found
 
 
-def _output(output: OutputPlan, number: int) -> OutputPlan:
-    return msgspec.structs.replace(output, queues=tuple(label(number, name) for name in output.queues))
+def assignment(
+    spec: PipeSpec,
+    one: ProcessorSpec,
+    worker: WorkerPlan,
+    sources: Mapping[str, str],
+    labelled: Callable[[str], str],
+    spool: Path,
+) -> Assignment:
+    """The assignment of a worker, without its code and epoch.
+
+    Args:
+        sources: processor that emits into each queue.
+        labelled: name in the session of a queue.
+        spool: in the session of this process.
+    """
+    return Assignment(
+        pipe=spec.name,
+        processor=one.name,
+        index=worker.index,
+        epoch=0,
+        workers=one.workers,
+        kind=one.kind,
+        root=str(segment.root()),
+        session=spool.parent.name,
+        spool=str(spool),
+        code="",
+        inputs=tuple(labelled(name) for name in worker.inputs),
+        sources=tuple(sources[name] for name in worker.inputs),
+        outputs=outputs(worker, labelled),
+        replies=labelled(worker.replies),
+        reply_producer=worker.reply_producer,
+        on_error=one.on_error,
+        max_deliveries=one.max_deliveries,
+        resume=one.resume,
+        checkpoint_every=one.checkpoint_every,
+        takes_config=one.takes_config,
+        emit_wait=spec.settings.emit_wait,
+        sys_path=tuple(sys.path),
+        cwd=os.getcwd(),
+        frame_timeout=one.frame_timeout,
+    )
+
+
+def outputs(worker: WorkerPlan, labelled: Callable[[str], str]) -> tuple[OutputPlan, ...]:
+    """The outputs of a worker, by names in the session."""
+    return tuple(
+        msgspec.structs.replace(output, queues=tuple(labelled(name) for name in output.queues))
+        for output in worker.outputs
+    )
 
 
 def request(worker: str, one: ProcessorSpec) -> Spawn:

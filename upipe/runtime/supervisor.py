@@ -16,11 +16,9 @@ discard. The pipe is completed when every processor has ended, failed as soon as
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from upipe.graph.plan import Plan, WorkerPlan
-from upipe.graph.spec import PipeSpec, ProcessorSpec
-from upipe.lifecycle import PIPE, PIPE_ENDED, WORKER, WORKER_ENDED, Machine
+from upipe.graph.plan import Plan
+from upipe.graph.spec import PipeSpec
+from upipe.lifecycle import PIPE, PIPE_ENDED, WORKER, Machine
 from upipe.runtime.autoscale import Controller
 from upipe.runtime.events import (
     CloseEnds,
@@ -41,6 +39,7 @@ from upipe.runtime.events import (
     PipeUp,
     Raised,
     Ready,
+    Rearrangement,
     Recover,
     Refused,
     Spawned,
@@ -49,69 +48,10 @@ from upipe.runtime.events import (
     Tick,
 )
 from upipe.runtime.restarts import Restarts
+from upipe.runtime.slots import Crew, Slot
 
 UNCONNECTED = 3
 """Deaths of a script's processes, none of which ever connected, after which its pipe fails: it cannot run here."""
-
-
-@dataclass
-class Slot:
-    """One worker slot over all its lives."""
-
-    plan: WorkerPlan
-    spec: ProcessorSpec
-    machine: Machine
-    epoch: int = 0
-    pid: int = 0
-    start: int = 0
-    was_ready: bool = False
-    """Ready in this life."""
-    done: bool = False
-    """Said Done in this life."""
-    spawn_at: float | None = None
-    """When it is run again. Set exactly while the machine is lost; what the dead life held was given back before."""
-    kill_at: float | None = None
-    """When it is killed for being stopped. Set only while it runs paused."""
-    error: str = ""
-    """What ended its last life, with the traceback when there is one."""
-
-    @property
-    def name(self) -> str:
-        """processor#index."""
-        return f"{self.plan.processor}#{self.plan.index}"
-
-    @property
-    def alive(self) -> bool:
-        """Whether a process runs (or is about to) for it."""
-        return self.machine.state in ("spawning", "running", "draining")
-
-    @property
-    def ended(self) -> bool:
-        """Whether it will never run again."""
-        return self.machine.state in WORKER_ENDED
-
-
-@dataclass
-class Crew:
-    """The workers of one processor."""
-
-    spec: ProcessorSpec
-    restarts: Restarts
-    scaler: Controller | None
-    slots: list[Slot] = field(default_factory=list)
-    """Started so far, by index; more are added by scaling up."""
-    deaths: int = 0
-    connected: bool = False
-    """Some life of one of them was ready."""
-    unconnected: int = 0
-    """Deaths of an entry script, by its own doing, while none was ever ready."""
-    cpu_seconds: float = 0.0
-    discarded: bool = False
-
-    @property
-    def ended(self) -> bool:
-        """Whether all its workers have."""
-        return all(slot.ended for slot in self.slots)
 
 
 class Supervisor:
@@ -164,6 +104,8 @@ class Supervisor:
             return self._scale(event, now)
         if isinstance(event, GaveUp):
             return self._fail(event.reason)
+        if isinstance(event, Rearrangement):
+            return self._rearrange(event)
         slot = self.slots.get(event.worker)
         if slot is None:
             return []
@@ -211,8 +153,12 @@ class Supervisor:
 
     # -------------------------------------------------------------- workers
 
+    def _rearrange(self, event: Rearrangement) -> list[Command]:
+        """On one host the plan stands (on a cluster: NodeSupervisor)."""
+        return []
+
     def _indices(self, processor: str) -> list[int]:
-        """The workers of a processor that this plan has: on a cluster not all of them."""
+        """The workers of a processor that may run."""
         return sorted(index for name, index in self._plans if name == processor)
 
     def _add(self, processor: str, index: int) -> list[Command]:

@@ -418,6 +418,7 @@ def assigned(control: socket.socket) -> Worker:
     index = f"#{assignment.index}"  # ps and top tell workers apart; the kernel keeps 15 bytes
     Path("/proc/self/comm").write_text(assignment.processor[: 15 - len(index)] + index)
     bundle = Bundle(None, None, {}, ())
+    sys.path[:0] = [path for path in assignment.modules if path not in sys.path]
     if assignment.code:
         for path in assignment.sys_path:
             if path not in sys.path:
