@@ -19,6 +19,7 @@ from upipe.cluster.records import (
     Progress,
     Refusal,
     Resume,
+    Retired,
     Skip,
     data_header,
     decode_body,
@@ -52,7 +53,8 @@ every_record = st.one_of(
     st.builds(End, numbers, numbers),
     st.builds(Progress, numbers, numbers, numbers, numbers, numbers, st.booleans()),
     st.builds(Resume, numbers, numbers),
-    st.builds(Refusal, numbers, st.text("abc-", max_size=20), st.text(max_size=200)),
+    st.builds(Retired, numbers, numbers),
+    st.builds(Refusal, numbers, st.text("abc-", max_size=20), st.text(max_size=200), numbers),
     st.builds(Ping, numbers),
     st.builds(Pong, numbers),
 )
@@ -101,7 +103,7 @@ def _told(refused: MirrorRefused) -> None:
     assert len(str(refused)) > 20
 
 
-@pytest.mark.parametrize(("kind", "length"), [(DATA, MOST_DATA + 1), (records.HELLO, MOST_BODY + 1), (0, 0), (10, 0)])
+@pytest.mark.parametrize(("kind", "length"), [(DATA, MOST_DATA + 1), (records.HELLO, MOST_BODY + 1), (0, 0), (11, 0)])
 def test_lengths_and_kinds_are_bounded_before_memory_is_taken(kind, length):
     head = records._HEADER.pack(kind, 0, 0, length, 1, 0)
     with pytest.raises(MirrorRefused) as refused:

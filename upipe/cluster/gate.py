@@ -16,6 +16,7 @@ feed."""
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from upipe.errors import DeclarationError
@@ -85,8 +86,16 @@ class Gate:
         self._queues = {}
         for one in passages:
             queue = known.get(one.name, _Queue(one))
+            if queue.passage.leaves and not one.leaves:  # what left went to a node that does not read it any more
+                queue.settled = queue.allowed.position
             queue.passage = one
             self._queues[one.name] = queue
+
+    def forget(self, names: Iterable[str]) -> None:
+        """What was seen of these queues is over: another copy of them comes, with books of its own."""
+        for name in names:
+            if name in self._queues:
+                self._queues[name] = _Queue(self._queues[name].passage)
 
     def observe(self, tails: dict[str, Tail], heads: dict[str, int], received: dict[str, int]) -> dict[str, Tail]:
         """Look once. Returns the tails that may be told from now on, for queues where that is news and which do not

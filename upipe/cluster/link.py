@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Callable
 from typing import Protocol, cast
 
 from upipe.cluster.outlet import PlainOutlet
@@ -75,17 +74,15 @@ class Endpoint(Protocol):
 
 
 class Link(asyncio.BufferedProtocol):
-    """One connection after its upgrade.
+    """One connection after its upgrade: the protocol for Client.upgrade() on the dialling side and Call.switch() on the
+    accepting one, whose handler awaits `over()` and returns."""
 
-    Args:
-        owner: the protocol that had the connection before, told of its end (aiohttp's, on the accepting side).
-    """
-
-    def __init__(self, owner: asyncio.BaseProtocol | None = None) -> None:
+    def __init__(self) -> None:
         self.number = next(_numbers)
         self.closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Ends with the reason when the connection did."""
-        self._owner = owner
+        self.heard = 0
+        """Bytes that came."""
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._endpoints: dict[int, Endpoint] = {}
@@ -93,6 +90,7 @@ class Link(asyncio.BufferedProtocol):
         self._ready: deque[Endpoint] = deque()
         """Who wants a turn; each at most once."""
         self._outlet: PlainOutlet | None = None
+        self._plain = self._lost = False
         self._paused = self._pumping = False
         self._pulse = Pulse(self._loop.time())
         self._timer: asyncio.TimerHandle | None = None
@@ -134,6 +132,8 @@ class Link(asyncio.BufferedProtocol):
         """Send bytes; the memory must stay as it is until the other end has answered for it."""
         if self._transport is None or self._transport.is_closing():
             return
+        if self._outlet is None and self._plain and not self._transport.get_write_buffer_size():
+            self._outlet = PlainOutlet(self._transport, self.resume_writing, self._write_failed)
         if self._outlet is None:
             self._transport.write(data)
         elif not self._outlet.write(data):
@@ -153,11 +153,7 @@ class Link(asyncio.BufferedProtocol):
             if self._paused or not self._ready or self.closed.done():
                 return
             endpoint = self._ready.popleft()
-            try:
-                more = endpoint.turn(self)
-            except UpipeError as error:  # a lock is held by a stopped process: the next link tries again
-                self.close(str(error))
-                return
+            more = endpoint.turn(self)
             if more and self._endpoints.get(endpoint.key) is endpoint and endpoint not in self._ready:
                 self._ready.append(endpoint)
         if self._ready and not self._paused and not self._pumping:
@@ -170,24 +166,29 @@ class Link(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
         # What it could not send at once ends the turns. Not 0: TLS would take an empty buffer for a full one.
         self._transport.set_write_buffer_limits(high=1)
-        if transport.get_extra_info("ssl_object") is None and not self._transport.get_write_buffer_size():
-            self._outlet = PlainOutlet(self._transport, self.resume_writing, self._write_failed)
+        # The outlet begins when nothing of the 101 waits in the transport: order is kept.
+        self._plain = transport.get_extra_info("ssl_object") is None
         self._beat()
 
     def connection_lost(self, error: Exception | None) -> None:
-        if self._owner is not None:
-            self._owner.connection_lost(error)
-        if self.closed.done():
+        if self._lost:
             return
-        self.closed.set_result(
-            self._why or (f"{type(error).__name__}: {error}" if error else "the other end closed it")
-        )
+        self._lost = True
+        if not self.closed.done():
+            self.closed.set_result(
+                self._why or (f"{type(error).__name__}: {error}" if error else "the other end closed it")
+            )
         if self._timer is not None:
             self._timer.cancel()
         if self._outlet is not None:
             self._outlet.close()
         for endpoint in list(self._endpoints.values()):
             self.remove(endpoint)
+
+    async def over(self) -> str:
+        """Wait for the end of the connection; returns the reason. Who is cancelled while it waits does the link no
+        harm."""
+        return await asyncio.shield(self.closed)
 
     def close(self, why: str = "closed by this end") -> None:
         """End the connection now; what was not sent yet is sent again on the next one. Idempotent."""
@@ -234,6 +235,7 @@ class Link(asyncio.BufferedProtocol):
 
     def buffer_updated(self, count: int) -> None:
         self._pulse.heard(self._loop.time())
+        self.heard += count
         try:
             if self._direct:
                 self._landed(count)
@@ -318,6 +320,3 @@ class Link(asyncio.BufferedProtocol):
         endpoint = self._endpoints.get(record.mirror)
         if endpoint is not None:
             endpoint.heard(self, record)
-
-
-Joined = Callable[[Link], None]

@@ -5,6 +5,7 @@
     Rewind, streaming      <--- Hello ----
                            ---- data ---->   sink.data(): which bytes land, which are known already
     Retire                 <-- Progress --   allow(): finished here, and what came of it has left this host
+    SayRetired             --- Retired --->  known: the source has heard of it
     Rewind                 <--- Resume ---   a gap: what came does not follow
     SayEnd                 ----- End ---->   CloseStream
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from upipe.cluster.records import ROLES, SINK, SOURCE, End, Hello, Progress, Refusal, Resume, Skip
+from upipe.cluster.records import ROLES, SINK, SOURCE, End, Hello, Progress, Refusal, Resume, Retired, Skip
 
 Link = int
 """Number of a connection, never used twice in a process."""
@@ -39,6 +40,8 @@ class SayRefusal:
     link: Link
     code: str
     text: str
+    epoch: int
+    """Of who is refused."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,17 @@ class Done:
     """The stream ended, which the sink knows, and all of it is retired."""
 
 
-Command = SayHello | SayRefusal | SayEnd | SayResume | Rewind | Retire | Hole | CloseStream | Failed | Done
+@dataclass(frozen=True)
+class SayRetired:
+    """After Retire: the sink may forget what it told."""
+
+    link: Link
+    position: int
+
+
+Command = (
+    SayHello | SayRefusal | SayEnd | SayResume | SayRetired | Rewind | Retire | Hole | CloseStream | Failed | Done
+)
 
 
 class _End:
@@ -131,10 +144,12 @@ class _End:
         """The copy of the queue refused what the other end said."""
         link = self.link
         commands = self._fail(code, text)
-        return [SayRefusal(link, code, text), *commands] if link is not None else commands
+        return [SayRefusal(link, code, text, self.epoch), *commands] if link is not None else commands
 
     def refused(self, link: Link, refusal: Refusal) -> list[Command]:
-        """The other end refused us: for good, or on this link only."""
+        """The other end refused us: for good, or on this link only. It may mean one of another epoch that was here."""
+        if refusal.epoch not in (0, self.epoch):
+            return []
         if self.failure or (self.link is not None and self.link != link):
             return []
         if refusal.code in FATAL:
@@ -155,23 +170,26 @@ class _End:
     def _check(self, link: Link, hello: Hello) -> list[Command] | None:
         """None when the other end is our twin; otherwise what to do about it."""
         mine, theirs = ROLES[self.role], ROLES[hello.role]
+        if self.failure and hello.epoch > self.epoch:
+            return []  # meant for the one that comes after us, who hears it then (Link.add)
         if self.failure:
             text = f"the {mine} of mirror {self.name} stopped: {self.failure.text}"
-            return [SayRefusal(link, self.failure.code, text)]
+            return [SayRefusal(link, self.failure.code, text, hello.epoch)]
         if hello.epoch < self.epoch:
             text = f"the {theirs} of mirror {self.name} has epoch {hello.epoch}, its {mine} {self.epoch}: replaced"
-            return [SayRefusal(link, "stale-epoch", text)]
+            return [SayRefusal(link, "stale-epoch", text, hello.epoch)]
         if hello.epoch > self.epoch:
             text = f"the {mine} of mirror {self.name} has epoch {self.epoch}, its {theirs} {hello.epoch}: replaced"
             return self._fail("stale-epoch", text)
         if hello.role == self.role:
-            return [SayRefusal(link, "bad-mirror", f"both ends of mirror {self.name} are its {mine}; place it again")]
+            text = f"both ends of mirror {self.name} are its {mine}; place it again"
+            return [SayRefusal(link, "bad-mirror", text, hello.epoch)]
         if (hello.capacity, hello.fingerprint) != (self.capacity, self.fingerprint):
             text = (
                 f"the copies of mirror {self.name} differ: the {mine} has {self.capacity:,} bytes of layout "
                 f"{self.fingerprint:08x}, the {theirs} {hello.capacity:,} of {hello.fingerprint:08x}; run one version"
             )
-            return [SayRefusal(link, "version", text)]
+            return [SayRefusal(link, "version", text, hello.epoch)]
         return None
 
 
@@ -264,6 +282,8 @@ class Source(_End):
         if books[0] > self.tail:
             self.tail = books[0]
             commands.append(Retire(*books))
+            if self.link is not None:
+                commands.append(SayRetired(self.link, self.tail))
         if ended and not self.done and self.end is not None and self.tail >= self.end:
             self.done = True
             commands.append(Done())
@@ -287,6 +307,8 @@ class Sink(_End):
         self.allowed = (0, 0, 0)
         """(finished, dropped, dead) that the source may retire. 0 says nothing: after a restart the source knows
         more."""
+        self.known = 0
+        """The source has retired up to here."""
         self.ended = False
         self._gap: int | None = None
 
@@ -301,7 +323,15 @@ class Sink(_End):
         if link not in self.links:
             return []
         self.link, self.landed, self._gap = link, 0, None
+        self.known = max(self.known, hello.finished)
         return [SayHello(link)]
+
+    def retired(self, link: Link, heard: Retired) -> bool:
+        """The source has heard what was told. True when that is news."""
+        if heard.position <= self.known:
+            return False
+        self.known = heard.position
+        return True
 
     def data(self, link: Link, position: int, length: int) -> tuple[int, list[Command]]:
         """How many of the first bytes of this data are not for us (all: known, or they do not follow); the rest

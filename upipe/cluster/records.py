@@ -8,6 +8,7 @@
     End        source -> the stream ends at `position`
     Progress   <- sink   received up to `position`; finished so far, with the books up to there
     Resume     <- sink   go on from `position`: what came after it did not follow
+    Retired    source -> the source copy is finished up to `position`: it knows what the sink told of that
     Refusal    both      no, with a code for machines and a sentence for people
     Ping Pong  both      `position` is a number to send back
 
@@ -43,7 +44,7 @@ SOURCE: Final = 1
 SINK: Final = 2
 ROLES: Final = {SOURCE: "source", SINK: "sink"}
 
-HELLO, DATA, SKIP, END, PROGRESS, RESUME, REFUSAL, PING, PONG = range(1, 10)
+HELLO, DATA, SKIP, END, PROGRESS, RESUME, REFUSAL, PING, PONG, RETIRED = range(1, 11)
 _HELLO: Final = struct.Struct("<HBBIQQQQQ")
 _SKIP: Final = struct.Struct("<Q")
 _PROGRESS: Final = struct.Struct("<QQQB")
@@ -112,10 +113,17 @@ class Resume(msgspec.Struct, frozen=True):
     position: int
 
 
+class Retired(msgspec.Struct, frozen=True):
+    mirror: int
+    position: int
+
+
 class Refusal(msgspec.Struct, frozen=True):
     mirror: int
     code: str
     text: str
+    epoch: int = 0
+    """Of the end that is refused; another one that came since is not meant. 0: whoever hears it."""
 
 
 class Ping(msgspec.Struct, frozen=True):
@@ -126,7 +134,7 @@ class Pong(msgspec.Struct, frozen=True):
     position: int
 
 
-Record = Hello | Skip | End | Progress | Resume | Refusal | Ping | Pong
+Record = Hello | Skip | End | Progress | Resume | Retired | Refusal | Ping | Pong
 
 
 def mirror_key(name: str) -> int:
@@ -162,11 +170,13 @@ def _parts(record: Record) -> tuple[int, int, bytes]:
             return HELLO, record.position, head + name
         case Refusal():
             code, text = record.code.encode()[:60], _cut(record.text, MOST_BODY - 64)
-            return REFUSAL, 0, bytes((len(code),)) + code + text
+            return REFUSAL, record.epoch, bytes((len(code),)) + code + text
         case End():
             return END, record.position, b""
         case Resume():
             return RESUME, record.position, b""
+        case Retired():
+            return RETIRED, record.position, b""
         case Ping():
             return PING, record.position, b""
         case Pong():
@@ -180,7 +190,7 @@ def _cut(text: str, most: int) -> bytes:
 def decode_header(data: bytes | bytearray | memoryview, offset: int = 0) -> Header:
     """The HEADER_BYTES at `offset`; MirrorRefused "bad-record" when they are none."""
     kind, zero, zeros, length, mirror, position = _HEADER.unpack_from(data, offset)
-    if not HELLO <= kind <= PONG or zero or zeros:
+    if not HELLO <= kind <= RETIRED or zero or zeros:
         raise MirrorRefused("bad-record", f"a record of kind {kind} is unknown to protocol {PROTOCOL}")
     if length > (MOST_DATA if kind == DATA else MOST_BODY):
         raise MirrorRefused("bad-record", f"{length:,} bytes are too long for a record of kind {kind}")
@@ -208,11 +218,13 @@ def _record(header: Header, body: bytes) -> Record:
         return _hello(header, body)
     if kind == REFUSAL:
         size = body[0]
-        return Refusal(mirror, body[1 : 1 + size].decode(), body[1 + size :].decode())
+        return Refusal(mirror, body[1 : 1 + size].decode(), body[1 + size :].decode(), position)
     if length:
         raise MirrorRefused("bad-record", f"a record of kind {kind} has no body, this one has {length} bytes")
     if kind in (PING, PONG):
         return Ping(position) if kind == PING else Pong(position)
+    if kind == RETIRED:
+        return Retired(mirror, position)
     return End(mirror, position) if kind == END else Resume(mirror, position)
 
 

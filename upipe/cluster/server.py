@@ -98,10 +98,11 @@ class Call:
             raise ConnectionResetError("the peer is gone")
         self.switched = True
         # First the protocol, then 101: a peer that waits for 101, as it must, never speaks to the HTTP parser again.
+        # Then the protocol begins: what it says at once comes behind the 101.
         transport.set_protocol(protocol)
-        protocol.connection_made(transport)
         lines = ("HTTP/1.1 101 Switching Protocols", "Connection: Upgrade", f"Upgrade: {self.route.upgrade}", "", "")
         transport.write("\r\n".join(lines).encode())
+        protocol.connection_made(transport)
         return transport
 
 

@@ -80,6 +80,35 @@ cdef class Mirrored(Taker):
         up_books_read(&self.r.c.tail, self.r.c.tail_books, &pos, &passed)
         return pos, passed.dropped, passed.dead
 
+    def standing(self, uint32_t but):
+        """(closed, tail, head, emitted, finished, dead, dropped, aborted, redelivered, bytes) as one moment's truth:
+        `closed` when no producer except `but` can put any more, and tail == head only when nothing was in it then."""
+        cdef up_books head, tail
+        cdef uint64_t head_pos, tail_pos
+        cdef uint32_t i, state
+        cdef bint closed = True
+        self._mapped()
+        for i in range(UP_PRODUCERS):
+            state = UP_LDA32(&self.r.producers[i].state)
+            if i != but and (state == UP_PRODUCER_DECLARED or state == UP_PRODUCER_OPEN):
+                closed = False
+                break
+        up_books_read(&self.r.c.tail, self.r.c.tail_books, &tail_pos, &tail)  # after the producers, before head
+        up_books_read(&self.r.c.head, self.r.c.head_books, &head_pos, &head)
+        return (closed, tail_pos, head_pos, head.frames - tail.aborted + head.dropped, tail.finished, tail.dead,
+                tail.dropped + head.dropped, tail.aborted, self.r.c.redelivered, head.bytes)
+
+    def written(self, uint64_t position):
+        """When the frame at a boundary before head was written, ns since 1970; 0: none is there."""
+        self._mapped()
+        if position % UP_GRANULE or not up_position(UP_LDA(&self.r.c.tail)) <= position < up_position(
+                UP_LDA(&self.r.c.head)):
+            return 0
+        state = up_kind(UP_LDA(up_state_at(&self.r, position)))
+        if state != UP_COMMITTED and state != UP_AVAILABLE and state != UP_TAKEN:
+            return 0
+        return up_frame_at(&self.r, position).timestamp
+
     def is_boundary(self, uint64_t position):
         """True when a frame starts at a position, or the ring ends there, or it is passed."""
         self._begin()

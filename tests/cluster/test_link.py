@@ -1,0 +1,130 @@
+"""From HTTP to a link: Client.upgrade() at one end, Call.switch() at the other, and mirrors flow over TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+from tests.cluster.secure_support import Running, running
+from tests.cluster.test_mirror import Pair, balanced, emit, everything, mixed, same, until
+from upipe.cluster import routes
+from upipe.cluster.link import Link
+from upipe.cluster.opening import Opening
+from upipe.cluster.records import Hello, Ping, encode, mirror_key
+from upipe.cluster.server import Call
+
+pytestmark = pytest.mark.timeout(30)
+
+
+@pytest.fixture(params=["asyncio", "uvloop"], autouse=True)
+def event_loop_policy(request: Any) -> asyncio.AbstractEventLoopPolicy:
+    return asyncio.DefaultEventLoopPolicy() if request.param == "asyncio" else uvloop.EventLoopPolicy()
+
+
+@contextlib.asynccontextmanager
+async def linking(folder: Path, joined: Callable[[Link], None]) -> AsyncIterator[Running]:
+    """A node whose handler gives each connection to a link."""
+
+    async def mirror(call: Call) -> None:
+        link = Link()
+        call.switch(link)
+        joined(link)
+        await link.over()
+
+    async with running(folder, mirror=mirror) as node:
+        yield node
+
+
+async def dial(node: Running) -> Link:
+    link = Link()
+    async with node.client() as client:
+        await client.upgrade(routes.MIRROR, link, mirror="links")
+    return link
+
+
+@pytest.mark.parametrize("accepts", ["sink", "source"])
+async def test_a_mirror_flows_over_an_upgraded_connection_whoever_dialled(tmp_path: Path, accepts: str) -> None:
+    pair, values = Pair(1 << 18), mixed(1500)
+    copy = pair.fresh_copy()
+    ends = {"sink": pair.mirror_sink(), "source": pair.mirror_source()}
+    far = ends.pop(accepts)
+    async with linking(tmp_path, lambda link: link.add(far)) as node:
+        link = await dial(node)
+        link.add(*ends.values())
+        _, found = await asyncio.gather(emit(pair, values), everything(copy))
+        await pair.done.wait()
+        assert same(found, values)
+        assert balanced(pair)
+        link.close()
+    pair.close()
+
+
+async def test_both_ends_learn_of_the_end_once_and_the_node_forgets_the_connection(tmp_path: Path) -> None:
+    accepted: list[Link] = []
+    async with linking(tmp_path, accepted.append) as node:
+        for closes_here in (True, False):
+            link = await dial(node)
+            far = accepted.pop()
+            assert len(node.server.gate.inside) == 1
+            lost: list[str] = []
+            for one in (link, far):
+                one.closed.add_done_callback(lambda done, told=lost: told.append(done.result()))
+            (link if closes_here else far).close("enough")
+            await asyncio.gather(link.over(), far.over())
+            await asyncio.sleep(0)
+            assert lost.count("enough") == 1 and len(lost) == 2
+            await until(lambda: not node.server.gate.inside)
+
+
+async def test_a_stopping_node_ends_its_links_and_their_mirrors_hear_it(tmp_path: Path) -> None:
+    pair, accepted = Pair(), []
+    pair.fresh_copy()
+    far = pair.mirror_source()
+    async with linking(tmp_path, lambda link: (accepted.append(link), link.add(far))[0]) as node:
+        link = await dial(node)
+        link.add(pair.mirror_sink())
+        await until(lambda: far.machine.link is not None)
+        await node.server.stop(0.01)
+        await asyncio.gather(link.over(), accepted[0].over())
+        assert far.machine.link is None
+        assert far.state == "cut"
+    pair.close()
+
+
+async def test_what_came_with_the_101_is_heard() -> None:
+    link, said = Link(), Ping(7)
+    answer = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: upipe-mirror/1\r\n\r\n"
+    hello = Hello(mirror_key("m"), 0, 1, 1, 64, 0, 0, 0, 1, "m")
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer + encode(hello) + encode(said))
+        assert (await reader.readexactly(24))[0] == encode(said)[0] + 1  # a Pong
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    loop = asyncio.get_running_loop()
+    _, opening = await loop.create_connection(lambda: Opening(b"GET\r\n\r\n", link, "it"), "127.0.0.1", port)
+    await opening.done
+    assert await link.over() == "the other end closed it"
+    assert link.heard == len(encode(hello) + encode(said))
+    server.close()
+
+
+async def test_who_stops_waiting_for_a_link_does_it_no_harm() -> None:
+    link = Link()
+    waiting = asyncio.create_task(link.over())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    assert not link.closed.done()
+    link.connection_lost(None)
+    link.connection_lost(OSError("again"))
+    assert link.closed.result() == "the other end closed it"
