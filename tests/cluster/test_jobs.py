@@ -26,7 +26,7 @@ async def content(digest: str) -> bytes | None:
 
 
 def made(directory: Path) -> Jobs:
-    return Jobs(directory / "jobs", NODE, "127.0.0.1:7420", directory / "token", content)
+    return Jobs(directory / "jobs", NODE, lambda: "127.0.0.1:7420", directory / "token", content)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ async def here(tmp_path: Path) -> AsyncIterator[Jobs]:
     yield found
     for job in list(found.all):
         await found.stop(job, 0.0)
-    found.close()
+    await found.close()
 
 
 def request(tmp_path: Path, text: str, *arguments: str, **more: Any) -> wire.JobRequest:
@@ -98,7 +98,8 @@ async def test_it_outlives_the_agent_and_keeps_its_status(here: Jobs, tmp_path: 
     info = await here.run(request(tmp_path, text))
     assert await first_line(here, info.job) == b"first\n"
     process = here.all[info.job].process
-    here.close()
+    await here.close()
+    here.all.clear()
     after = made(tmp_path)
     after.load()
     assert after.info(info.job).state == "running"
@@ -109,8 +110,7 @@ async def test_it_outlives_the_agent_and_keeps_its_status(here: Jobs, tmp_path: 
     later.load()  # it ended while nobody looked
     for one in (after, later):
         assert (one.info(info.job).state, one.info(info.job).status) == ("failed", 7)
-        one.close()
-    here.all.clear()
+        await one.close()
 
 
 async def test_stop_asks_first_and_kills_after_the_deadline(here: Jobs, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import pytest
 
 from upipe import Processor
 from upipe.cluster import shipping
-from upipe.cluster.shipping import Freight, load_freight, unmet
+from upipe.cluster.fitting import misfit
+from upipe.cluster.shipping import Freight, load_freight
 from upipe.errors import DeclarationError
 
 MODULES = {
@@ -128,9 +129,9 @@ def test_a_module_that_is_too_large_is_named_with_its_directory(place: Path, mon
 
 
 def test_a_node_names_what_it_lacks() -> None:
-    freight = load_freight([Processor("a", function("import msgspec\ndef work(value): return msgspec.to_builtins(value)"))], {})
-    shipment = freight.shipment
-    assert set(shipment.packages) == {"msgspec"} and unmet(shipment) == []
-    lacks = msgspec.structs.replace(shipment, packages={"no-such-dist": "1.2"}, python="2.7")
-    python, package = unmet(lacks)
-    assert "Python 2.7" in python and "pip install no-such-dist==1.2" in package
+    text = "import msgspec\ndef work(value): return msgspec.to_builtins(value)"
+    shipment = load_freight([Processor("a", function(text))], {"a": b"code"}).shipment
+    assert set(shipment.packages) == {"msgspec"} and misfit(shipment, "n1") == ""
+    lacks = msgspec.structs.replace(shipment, packages={"no-such-dist": "1.2"})
+    assert "no-such-dist==1.2" in misfit(lacks, "n1")
+    assert "Python 2.7" in misfit(msgspec.structs.replace(shipment, python="2.7"), "n1")

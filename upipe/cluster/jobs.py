@@ -92,13 +92,13 @@ class Jobs:
     Args:
         directory: DATA_DIR/jobs.
         node: id of this node.
-        address: HOST:PORT of this agent, for processes of this host.
+        address: HOST:PORT of this agent, for processes of this host, once it listens.
         token_file: of the cluster's token.
         content: bytes of a content that this node holds; None when it does not.
     """
 
     def __init__(
-        self, directory: Path, node: str, address: str, token_file: Path,
+        self, directory: Path, node: str, address: Callable[[], str], token_file: Path,
         content: Callable[[str], Awaitable[bytes | None]],
     ) -> None:  # fmt: skip
         self.all: dict[str, Job] = {}
@@ -123,7 +123,7 @@ class Jobs:
             job = self.all[path.name] = Job(path.name, path, saved.name, saved.request)
             self._watch(job, _living(path))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Watch no more; jobs go on. Idempotent."""
         for job in self.all.values():
             self._unwatch(job)
@@ -197,7 +197,7 @@ class Jobs:
         return self.info(name)
 
     def _environment(self, request: wire.JobRequest) -> dict[str, str]:
-        own = {VARIABLE: self._address, token.VARIABLE: str(self._token_file)}
+        own = {VARIABLE: self._address(), token.VARIABLE: str(self._token_file)}
         return {**os.environ, "PYTHONUNBUFFERED": "1", **request.environment, **own}
 
     async def stop(self, job: str, deadline: float) -> wire.JobInfo:
