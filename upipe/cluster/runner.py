@@ -223,14 +223,14 @@ class ClusterRunner:
             self._end("failed", (f"the submitting process cannot go on: {error}",))
             return
         self._plan = self._own.inputs
-        if plan.draining and self._state == "running":
-            self._state = "draining"
         self._changed()
         self._own.leave()
         self.results.rewire(self._own.of(RESULTS))
         self._replies.rewire(self._own.of(REPLIES))
         self._ferry.follow(plan, self._own.labels)
         self._news.set()
+        if plan.draining:
+            self._drains()
 
     def _tell(self, told: TellClient) -> None:
         self._told = told
@@ -241,9 +241,17 @@ class ClusterRunner:
             self._state = "running"
             if self.up is not None and not self.up.done():
                 self.up.set_result(None)
-        if told.state == "draining" and self._state == "running":
+        if told.state == "draining":
+            self._drains()
+
+    def _drains(self) -> None:
+        """Whoever told it to: nothing more is taken in."""
+        if self._state in PIPE_ENDED:
+            return
+        if self._state == "running":
             self._state = "draining"
-            self._changed()
+        self._changed()  # emits under way end first
+        self.close_input()
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Call it whenever `plan` is another one, or the pipe drains."""
@@ -308,8 +316,7 @@ class ClusterRunner:
         """Take no more in, finish the rest; False (and stopped) when that took longer than timeout seconds."""
         assert self.ended is not None
         if self._state not in PIPE_ENDED:
-            self._state = "draining"
-            self.close_input()
+            self._drains()
             await self._ask_for(DRAIN, timeout)
         done, _ = await asyncio.wait([self.ended], timeout=timeout)
         if not done:
