@@ -94,6 +94,22 @@ async def test_calls_are_answered_and_errors_come_with_their_traceback(tmp_path:
         assert (letter.processor, letter.error_kind, letter.value) == ("a", "ZeroDivisionError", 0)
 
 
+async def test_dead_letters_of_the_last_moment_come_too(tmp_path: Path) -> None:
+    def fails(value: int) -> None:
+        raise ValueError(value)
+
+    pipe = Pipe("letters")
+    pipe.chain(Processor("a", double, place=at("left")), Processor("b", fails, place=at("right"), on_error="dead_letter"))
+    async with asyncio.timeout(DEADLINE), cluster(tmp_path, "left", "right") as nodes, started(pipe, nodes[0]):
+        for value in range(20):
+            assert await pipe.emit(value)
+        report = await pipe.wait_for_completion()
+        assert report.balanced and report.dead_letters == 20, str(report)
+        letters = pipe.dead_letters()
+        assert sorted(letter.value for letter in letters) == [2 * value for value in range(20)]
+        assert {(letter.error_kind, letter.source) for letter in letters} == {("ValueError", "a")}
+
+
 async def test_a_module_beside_the_script_travels_with_its_function(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

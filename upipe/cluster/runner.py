@@ -246,7 +246,7 @@ class ClusterRunner:
 
     def _drains(self) -> None:
         """Whoever told it to: nothing more is taken in."""
-        if self._state in PIPE_ENDED:
+        if self._state in PIPE_ENDED or (self._state == "draining" and self._own.input_closed):
             return
         if self._state == "running":
             self._state = "draining"
@@ -256,6 +256,8 @@ class ClusterRunner:
     def watch(self, changed: Callable[[], None]) -> None:
         """Call it whenever `plan` is another one, or the pipe drains."""
         self._changed = changed
+        if self._state == "draining":
+            changed()
 
     # ------------------------------------------------------------------ ending
 
