@@ -286,4 +286,4 @@ class DataDirRefused(ClusterError, OSError):
 
 
 class KeeperFailed(ClusterError):
-    """The keeper, which runs a pipe on this node, does not start or does not answer; says why, and where it wrote it."""
+    """The keeper, which runs a pipe on this node, does not start or does not answer; says why, and where it wrote."""

@@ -29,7 +29,7 @@ CLIENT = tls.Identity("client", "00000000000000cc")
 SPEC = PipeSpec(
     "words",
     (
-        ProcessorSpec("a", "source", entry="", code="ab" * 32, resources=(("cpu", 0.1),), place=Place(labels=("left",))),
+        ProcessorSpec("a", "source", code="ab" * 32, resources=(("cpu", 0.1),), place=Place(labels=("left",))),
         ProcessorSpec("b", "map", code="cd" * 32, resources=(("cpu", 0.1),), place=Place(labels=("right",))),
     ),
     (EdgeSpec("a", "b", size=1 << 16),),
@@ -37,7 +37,7 @@ SPEC = PipeSpec(
 
 
 @dataclass
-class Crew_:  # noqa: N801
+class Survivors:
     """What fake keepers have in common: they live on when their agent does not."""
 
     alive: dict[Path, Any] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class FakeKeeper:
     """A keeper that follows at once."""
 
     def __init__(
-        self, crew: Crew_, directory: Path, news: Callable[[KeeperNews], None], lost: Callable[[str], None]
+        self, crew: Survivors, directory: Path, news: Callable[[KeeperNews], None], lost: Callable[[str], None]
     ) -> None:
         self.crew, self.directory, self.news, self.lost = crew, directory, news, lost
         self.open = True
@@ -126,7 +126,8 @@ class FakeFerry:
         self.plan = plan
 
     def states(self) -> dict[str, QueueState]:
-        return {queue.plan.name: QueueState(True, True, True, Books(3, 3)) for queue in self.plan.queues} if self.plan else {}
+        queues = self.plan.queues if self.plan else ()
+        return {queue.plan.name: QueueState(True, True, True, Books(3, 3)) for queue in queues}
 
     def infos(self) -> list[wire.MirrorInfo]:
         if self.plan is None:
@@ -160,8 +161,8 @@ class FakeLines:
 class FakeEngines:
     """See agent.Engines; what keepers run outlives the agents that share a `crew`."""
 
-    def __init__(self, crew: Crew_ | None = None) -> None:
-        self.crew = crew or Crew_()
+    def __init__(self, crew: Survivors | None = None) -> None:
+        self.crew = crew or Survivors()
         self.keepers: dict[str, FakeKeeper] = {}
         self.ferries: dict[str, FakeFerry] = {}
 
@@ -261,5 +262,5 @@ async def met(*nodes: Node, seconds: float = 5.0) -> None:
 async def until(true: Callable[[], Any], seconds: float = 5.0) -> None:
     """Look again and again, with a deadline."""
     async with asyncio.timeout(seconds):
-        while not true():
+        while not true():  # noqa: ASYNC110 (what is waited for is in many places)
             await asyncio.sleep(0.01)

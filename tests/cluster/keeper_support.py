@@ -133,8 +133,8 @@ class Held:
         return MemQ.attach(self.news.labels[name])
 
     def named(self, stream: str) -> str:
-        """The first queue of a stream."""
-        return next(lane.name for lane in self.layout.lanes if lane.stream == stream)
+        """The queue of a stream that is written here."""
+        return next(lane.name for lane in self.layout.of(stream) if lane.open and lane.home == HERE)
 
     def output(self) -> str:
         """What was printed."""
@@ -142,8 +142,15 @@ class Held:
         return path.read_text() if path.exists() else ""
 
     def worker(self, name: str) -> int:
-        """Its pid."""
-        return next(worker.pid for worker in self.news.workers if worker.name == name)
+        """Its pid, 0 when it does not run."""
+        return next((worker.pid for worker in self.news.workers if worker.name == name), 0)
+
+    async def kill(self, name: str) -> None:
+        """Kill a worker, and wait for its next life."""
+        await self.until(lambda news: self.worker(name), f"{name} runs")
+        pid = self.worker(name)
+        os.kill(pid, signal.SIGKILL)
+        await self.until(lambda news: self.worker(name) not in (0, pid), f"{name} runs again")
 
     async def end(self) -> None:
         """Of a test, however it went."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import resource
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tests.cluster.test_lanes import CLIENT, one, seats
 from tests.cluster.test_mirror import certificate, until
 from upipe import MemQ
 from upipe.cluster import ferry as ferries
-from upipe.cluster.lanes import lay_out
+from upipe.cluster.lanes import lay_out, relay
 from upipe.cluster.record import Books
 from upipe.errors import QueueStuck
 from upipe.graph.spec import EdgeSpec, PipeSpec
@@ -331,6 +332,52 @@ async def test_a_queue_that_is_not_there_yet_is_told_and_tried_again(monkeypatch
         labels[name] = node.queues[name].name
         node.ferry.follow(node.plan, labels)
         await until(lambda: node.state(A_TO_B).settled)
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+@pytest.mark.parametrize("seed", range(3))
+async def test_readers_lost_one_after_the_other_under_load_and_cuts_lose_nothing(seed: int) -> None:
+    """What arrives twice had been taken by a node that was lost, and not told before."""
+    chance, values, spare = random.Random(seed), list(range(4000)), list("3456")
+    async with harbour(AB, lay_out(AB, seats(a="1", b="2"), ""), *spare) as here:
+        putting = asyncio.create_task(put_all(here.nodes["1"].writer(A_TO_B), values))
+        home = here.nodes["1"].queues[here.nodes["1"].queue(A_TO_B)]
+        reader, found, told = "2", [], 0
+        while spare:
+            here.nodes[reader].doors["1"].proxy.budget = chance.randrange(1, 20_000)
+            got = await get_all(here.nodes[reader].reader(A_TO_B), chance.randrange(1, 600))
+            assert got == values[got[0] : got[0] + len(got)], "in order"
+            assert got[0] == told, "goes on where the lost one had told"
+            found = values[: got[-1] + 1]
+            await here.lose(reader)
+            lost, reader = reader, spare.pop(0)
+            here.relay(seats(a="1", b=reader), lost)
+            told = home.stats().finished
+            assert told <= len(found)
+        rest = await get_all(here.nodes[reader].reader(A_TO_B), len(values) - told)
+        assert rest == values[told:]
+        await putting
+        await until(lambda: here.nodes["1"].state(A_TO_B).empty)
+        assert home.stats().balanced
+
+
+async def test_the_same_node_gets_a_fresh_copy_and_hears_of_it_before_or_after_the_source() -> None:
+    for first, second in (("1", "2"), ("2", "1")):
+        async with harbour(AB, lay_out(AB, seats(a="1", b="2"), "")) as here:
+            here.nodes["1"].writer(A_TO_B).put_many(range(100))
+            assert await get_all(here.nodes["2"].reader(A_TO_B), 30) == list(range(30))
+            await until(lambda here=here: finished(here, "1", A_TO_B) == 30)
+            here.layout = relay(here.spec, here.layout, seats(a="1", b="-"), ["2"])
+            here.layout = relay(here.spec, here.layout, seats(a="1", b="2"))
+            plans = here.plans()
+            here.nodes[first].follow(plans[first])
+            for link in here.nodes["2"].links[-1:]:
+                link.close()  # and greetings of both epochs meet on several links
+            await asyncio.sleep(0.1)
+            here.nodes[second].follow(plans[second])
+            assert await get_all(here.nodes["2"].reader(A_TO_B), 70) == list(range(30, 100))
+            await until(lambda here=here: here.nodes["1"].state(A_TO_B).empty)
 
 
 @pytest.mark.slow

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from tests.cluster.keeper_support import HERE, Held, chain, drained, one
+from tests.cluster.keeper_support import HERE, SMALL, Held, chain, drained, gone, one
+from tests.cluster.test_lanes import seats
+from upipe.cluster import keeper, keepers, keeping
+from upipe.cluster.keeping import Job
+from upipe.cluster.lanes import lay_out, relay
+from upipe.errors import KeeperFailed
 from upipe.graph.plan import REPLIES, RESULTS
+from upipe.memq import MemQ, segment
+from upipe.settings import AutoscalePolicy
 
 MakeHeld = Callable[..., Held]
 COUNT = 200
@@ -58,3 +73,437 @@ async def test_a_pipe_on_one_node_from_its_start_to_its_end(held: MakeHeld) -> N
     assert here.lost == [] and here.keeper.last_word() == here.news
     assert not await here.agent().find()
     assert HERE in here.layout.nodes()
+
+
+# ------------------------------------------------------------------ deaths
+
+
+def endless():  # type: ignore[no-untyped-def]
+    number = 0
+    while True:
+        yield number
+        number += 1
+
+
+def slow(value: int) -> int:
+    time.sleep(0.001)
+    return value
+
+
+async def take(queue: MemQ, count: int) -> list[int]:
+    async with asyncio.timeout(20):
+        return [await queue.aget() for _ in range(count)]
+
+
+async def running(here: Held, **changes: Any) -> MemQ:
+    """Its keeper with a first plan, all up; the results, lossless."""
+    await here.start()
+    await here.follow(**changes)
+    results = here.queue(here.named(RESULTS))
+    results.set_policy(0)
+    await here.up()
+    return results
+
+
+async def test_a_worker_that_is_killed_loses_nothing(held: MakeHeld) -> None:
+    here = held(chain(one("a", "source", resume=True), one("b")), a=lazily, b=slow)
+    results = await running(here)
+    found = []
+    for name in ("b#0", "a#0", "b#0"):
+        found += await take(results, 1)
+        await here.kill(name)
+    crews = here.news.crews
+    assert crews["b"].restarts == 2 and crews["a"].restarts == 1
+    await here.until(lambda news: ("a", 0) in news.ended, "a ended")
+    await here.follow(ends=frozenset({"e0-a-b"}))
+    await here.until(lambda news: ("b", 0) in news.ended, "b ended")
+    await here.follow(ends=frozenset({"e0-a-b", RESULTS, REPLIES}))
+    found += await drained(results)
+    assert set(found) == set(range(COUNT)) and len(found) <= COUNT + 2 and here.news.failed == ""
+    await here.stop()
+
+
+async def test_the_agent_goes_and_comes_while_data_flows(held: MakeHeld, caplog: pytest.LogCaptureFixture) -> None:
+    here = held(chain(one("a", "source"), one("b")), a=endless, b=slow)
+    results = await running(here)
+    pids = {worker.name: worker.pid for worker in here.news.workers}
+    here.keeper.close()
+    assert await take(results, 50) == list(range(50))
+    before, here.keeper = here.keeper, here.agent()
+    assert await here.keeper.find() and await here.keeper.find()
+    await here.until(lambda news: news.fence == here.made().fence or len(here.said) > 1, "told everything")
+    assert {worker.name: worker.pid for worker in here.news.workers} == pids and here.keeper.pid == before.pid
+    assert await take(results, 10) == list(range(50, 60)) and here.lost == []
+    with caplog.at_level(logging.WARNING):
+        here.keeper.follow((0, 7), None)
+        await until(lambda: "a plan of fence (0, 7) was refused" in caplog.text)
+    assert here.news.present
+    await here.stop()
+    assert here.lost == []
+
+
+async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, condition
+        await asyncio.sleep(0.01)
+
+
+AGENT = """
+import asyncio, msgspec, sys
+from pathlib import Path
+from upipe.cluster import keeping
+from upipe.cluster.keepers import Keeper
+from upipe.cluster.layout import NodePlan
+
+async def main():
+    directory, plan = Path(sys.argv[1]), msgspec.json.decode(Path(sys.argv[2]).read_bytes(), type=NodePlan)
+    keeper = Keeper(directory, lambda news: print("up", flush=True) if news.up else None, print)
+    await keeper.start(keeping.decode_job(Path(sys.argv[3]).read_bytes()))
+    keeper.follow(plan.fence, plan)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+async def test_kill_9_of_the_agent_that_started_it(held: MakeHeld, tmp_path: Path) -> None:
+    here = held(chain(one("a", "source"), one("b")), a=endless, b=slow)
+    plan = here.made()
+    (tmp_path / "plan").write_bytes(msgspec.json.encode(plan))
+    (tmp_path / "job").write_bytes(keeping.encode_file(Job("test-1", here.spec, here.code, {})))
+    command = [sys.executable, "-c", AGENT, str(here.directory), str(tmp_path / "plan"), str(tmp_path / "job")]
+    with subprocess.Popen(  # noqa: ASYNC220
+        command, stdout=subprocess.PIPE, start_new_session=True
+    ) as agent:
+        assert agent.stdout is not None and agent.stdout.readline() == b"up\n"
+        os.killpg(agent.pid, signal.SIGKILL)
+    assert await here.keeper.find()
+    await here.until(lambda news: news.up and news.fence == plan.fence, "told everything")
+    results = here.queue(here.named(RESULTS))
+    results.set_policy(0)
+    assert len(await take(results, 20)) == 20
+    await here.stop()
+    assert here.lost == []
+
+
+async def test_kill_9_of_the_keeper_leaves_nothing(held: MakeHeld) -> None:
+    here = held(chain(one("a", "source"), one("b", workers=2)), a=endless, b=slow)
+    await running(here)
+    session = segment.root() / here.news.session
+    assert session.exists()
+    here.keeper.kill()
+    await until(lambda: here.lost)
+    assert "signal 9" in here.lost[0] and not session.exists() and here.keeper.last_word() is None
+    for pid in here.pids:
+        await gone(pid)
+    assert not await here.agent().find()
+    assert await here.keeper.letters() == []
+    await here.start()  # another life
+    await here.follow()
+    await here.stop()
+
+
+async def test_sigterm_ends_all_and_counts_as_a_loss(held: MakeHeld) -> None:
+    here = held(chain(one("a", "source"), one("b")), a=endless, b=slow)
+    await running(here)
+    os.kill(here.keeper.pid, signal.SIGTERM)
+    await until(lambda: here.lost)
+    assert "exit status 0" in here.lost[0] and here.keeper.last_word() is None
+    for pid in here.pids:
+        await gone(pid)
+    assert not (segment.root() / here.news.session).exists()
+
+
+# ------------------------------------------------------------------ changing
+
+
+def tell_who(value: int) -> str:
+    return f"{os.getpid()}"
+
+
+def publish(copy: MemQ, epoch: int, values: list[int]) -> None:
+    """As the mirror of a queue on another node."""
+    with MemQ(copy.size) as home:
+        home.put_many(values)
+        home.mirror_source(epoch)
+        copy.mirror_sink(epoch)
+        view, end, _ = home.outgoing(0, 1 << 20)  # type: ignore[misc]
+        assert view is not None
+        landing = copy.landing(0, end)
+        landing[:] = view
+        assert copy.publish(end) == end
+        landing.release()
+        view.release()
+
+
+async def test_workers_come_change_leave_and_go_while_it_runs(held: MakeHeld) -> None:
+    spec = chain(one("a", workers=2), one("b", workers=2))
+    first = lay_out(spec, seats(a="1-", b="1-"), "c")
+    here = held(spec, first, a=double, b=tell_who)
+    await here.start()
+    await here.follow()
+    await here.up()
+    stays = [here.worker(name) for name in ("a#0", "b#0")]
+    # a second a on node 2 brings a copy to read here; a second b here
+    here.layout = second = relay(spec, first, seats(a="12", b="11"))
+    news = await here.follow()
+    await here.until(lambda news: len(news.workers) == 3 and news.up, "b#1 runs")
+    copies = [name for name in second.lanes if (name.home, name.reader) == ("2", "1")]
+    (copy,) = [lane.name for lane in copies if lane.stream == "e0-a-b"]
+    assert copy not in here.said[0].labels and copy in news.labels
+    results = here.queue(here.named(RESULTS))
+    results.set_policy(0)
+    ring = here.queue(copy)
+    publish(ring, 1, list(range(50)))
+    seen = set(await take(results, 50))
+    await until(lambda: ring.settled()[0] == ring.head)
+    assert seen <= {str(here.worker("b#0")), str(here.worker("b#1"))}
+    # b#1 leaves for node 2, where a#0 can reach it from then on
+    await here.follow(leaving=("b#1",))
+    await here.until(lambda news: news.left == (("b", 1),), "b#1 left")
+    assert here.news.ended == ()
+    here.layout = third = relay(spec, second, seats(a="12", b="12"))
+    await here.follow()
+    await here.until(lambda news: [worker.name for worker in news.workers] == ["a#0", "b#0"], "b#1 is gone")
+    out = [lane for lane in third.lanes if lane.stream == "e0-a-b" and lane.home == "1"]
+    assert [here.worker(name) for name in ("a#0", "b#0")] == stays and len(out) == 2
+    # node 2 is lost: what it held in common with us is promoted, and its workers come here
+    here.layout = relay(spec, third, seats(a="11", b="11"), ["2"])
+    await here.follow()
+    await here.until(lambda news: len(news.workers) == 4 and news.up, "all are here")
+    ring.set_policy(0)
+    assert not ring.stream_closed  # the HOLD of the promoted copy
+    # a#1 and b#1 are taken away, and come back at once
+    here.layout = relay(spec, here.layout, seats(a="1-", b="1-"))
+    await here.follow()
+    here.layout = relay(spec, here.layout, seats(a="11", b="11"))
+    await here.follow()
+    await here.until(lambda news: len(news.workers) == 4 and news.up, "they are back")
+    assert [here.worker(name) for name in ("a#0", "b#0")] == stays and here.news.failed == ""
+    assert here.news.crews["a"].restarts == here.news.crews["b"].restarts == 0
+    await here.stop()
+
+
+async def test_a_copy_that_comes_again_is_a_fresh_one(held: MakeHeld) -> None:
+    spec = chain(one("a"), one("b"))
+    first = lay_out(spec, seats(a="2", b="1"), "c")
+    here = held(spec, first, a=double, b=tell_who)
+    await here.start()
+    await here.follow()
+    await here.up()
+    (name,) = [lane.name for lane in first.lanes if lane.stream == "e0-a-b"]
+    before, old = here.news.labels[name], here.queue(name)
+    here.layout = relay(spec, relay(spec, first, seats(a="2", b="3")), seats(a="2", b="1"))
+    await here.follow()
+    assert here.news.labels[name] != before
+    fresh = here.queue(name)
+    results = here.queue(here.named(RESULTS))
+    results.set_policy(0)
+    publish(fresh, 3, [1, 2, 3])
+    assert len(await take(results, 3)) == 3 and old.head == 0
+    await here.stop()
+
+
+async def test_draining_ends_what_drives_itself(held: MakeHeld) -> None:
+    here = held(chain(one("a", "source"), one("b")), a=endless, b=slow)
+    results = await running(here)
+    await take(results, 5)
+    await here.follow(draining=True)
+    results.set_policy(3)
+    await here.until(lambda news: news.ended == (("a", 0),), "a ended")
+    assert here.news.left == ()
+    await here.stop()
+    again = held(here.spec, a=endless, b=slow)  # begun on another node when it drains already
+    again.directory = again.directory.with_name("test-2")
+    again.keeper = again.agent()
+    await again.start()
+    await again.follow(draining=True)
+    await again.until(lambda news: news.ended == (("a", 0),) and news.up, "a ended")
+    assert [worker.name for worker in again.news.workers if worker.pid] == ["b#0"]
+    await again.stop()
+
+
+# ------------------------------------------------------------------ what goes wrong
+
+
+def broken(value: int) -> int:
+    raise ValueError(f"no {value}")
+
+
+class Unloadable:
+    def __reduce__(self) -> Any:
+        return (int, ("no number",))
+
+
+async def test_code_that_fails_the_pipe_is_told_with_its_traceback(held: MakeHeld) -> None:
+    here = held(chain(one("a", "source"), one("b", on_error="fail")), a=endless, b=broken)
+    await here.start()
+    await here.follow()
+    news = await here.until(lambda news: news.failed and not any(one.pid for one in news.workers), "failed")
+    assert "ValueError: no 0" in news.failed and "remote traceback of b#0" in news.failed and news.present
+    await here.follow()  # a plan that crossed it changes nothing
+    assert not any(one.pid for one in here.news.workers)
+    await here.stop()
+    assert here.lost == []
+
+
+async def test_code_that_cannot_load(held: MakeHeld) -> None:
+    here = held(chain(one("a", "source"), one("b")), a=endless, b=Unloadable())
+    await here.start()
+    await here.follow()
+    await here.until(lambda news: "'b' (worker b#0) cannot load its code" in news.failed, "failed")
+    await here.stop()
+
+
+async def test_shared_memory_that_is_short(held: MakeHeld) -> None:
+    here = held(chain(one("a", "source"), one("b"), size=1 << 36), a=endless, b=slow)
+    await here.start()
+    await here.follow()
+    await here.until(lambda news: "bytes of shared memory available" in news.failed, "failed")
+    assert here.news.fence == (0, 0)
+    await here.stop()
+    assert here.lost == []
+
+
+async def test_dead_letters_are_counted_and_can_be_read(held: MakeHeld) -> None:
+    here = held(chain(one("a", "source"), one("b", on_error="dead_letter")), a=numbers, b=broken)
+    await here.start()
+    await here.follow()
+    await here.until(lambda news: "b" in news.crews and news.crews["b"].letters == COUNT, "all buried")
+    letters = await here.keeper.letters()
+    assert len(letters) == COUNT and letters[0].processor == "b" and letters[0].source == "a"
+    assert letters[0].error == "no 0" and letters[0].value == 0
+    await here.stop()
+    assert here.news.crews["b"].letters == COUNT
+
+
+async def test_a_keeper_that_cannot_start_says_why(held: MakeHeld, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = held(chain(one("a", "source"), one("b")), a=endless, b=slow)
+    monkeypatch.setenv("UPIPE_SHM", "/proc/nowhere")
+    with pytest.raises(KeeperFailed, match=r"cannot create /proc/nowhere"):
+        await here.start()
+    monkeypatch.undo()
+    assert not await here.keeper.find()
+    await here.start()
+    await here.keeper.start(Job("test-1", here.spec, {}, {}))  # one lives there: it is the one
+    assert keeper.main(here.directory) == keeper.IN_USE
+    await here.stop()
+
+
+async def test_a_keeper_that_hangs_is_replaced_by_nothing(held: MakeHeld, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = held(chain(one("a", "source"), one("b")), a=endless, b=slow)
+    monkeypatch.setattr(keepers, "REACH", 0.2)
+    await running(here)
+    os.kill(here.keeper.pid, signal.SIGSTOP)
+    with pytest.raises(KeeperFailed, match="does not answer within"):
+        await here.agent().find()
+    here.keeper.kill()
+    await until(lambda: here.lost)
+
+
+# ------------------------------------------------------------------ the rest
+
+
+async def test_an_idle_keeper_sleeps(held: MakeHeld) -> None:
+    spec = chain(one("a"), one("b"))
+    here = held(spec, lay_out(spec, seats(a="1", b="1"), "c"), a=double, b=double)
+    await here.start()
+    await here.follow()
+    await here.up()
+    await asyncio.sleep(0.3)
+
+    def switches() -> int:
+        lines = Path(f"/proc/{here.keeper.pid}/status").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
+
+    before = switches()
+    await asyncio.sleep(1.0)
+    assert switches() - before <= 1
+    await here.stop()
+
+
+SCRIPT = """
+from helper_module import WORD
+from upipe import Processor
+me = Processor("b")
+print("script", __file__, flush=True)
+import asyncio
+async def main():
+    await me.connect()
+    async for value in me:
+        await me.emit(f"{WORD} {value}")
+asyncio.run(main())
+"""
+
+
+def words():  # type: ignore[no-untyped-def]
+    from helper_module import WORD
+
+    for number in range(3):
+        yield f"{WORD} {number} {os.getcwd()}"
+
+
+async def test_scripts_modules_and_directories_are_those_of_the_job(held: MakeHeld, tmp_path: Path) -> None:
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "helper_module.py").write_text("WORD = 'hello'\n")
+    script = tmp_path / "abcdef"
+    script.write_text(SCRIPT)
+    here = held(chain(one("a", "source"), one("b", "entry", entry="there/script.py")), a=words, b=script)
+    await here.start(sys_path=(str(modules),))
+    await here.follow()
+    results = here.queue(here.named(RESULTS))
+    found = await take(results, 3)
+    assert found == [f"hello hello {number} {here.directory}/work" for number in range(3)]
+    await until(lambda: f"script {script}" in here.output())
+    await here.stop()
+
+
+class Summing:
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def process(self, value: int) -> list[int]:
+        self.seen.append(value)
+        if value == COUNT - 1:
+            return self.seen
+        return None  # type: ignore[return-value]
+
+    def checkpoint(self) -> list[int]:
+        return list(self.seen)
+
+    def restore(self, state: list[int]) -> None:
+        self.seen = state
+
+
+async def test_checkpoints_hold_within_the_life_of_a_keeper(held: MakeHeld) -> None:
+    here = held(chain(one("a", "source", resume=True), one("b", "class", checkpoint_every=7)), a=lazily, b=Summing)
+    results = await running(here)
+    for _ in range(3):
+        await here.kill("b#0")
+    assert await take(results, 1) == [list(range(COUNT))]
+    await here.stop()
+
+
+def lazily():  # type: ignore[no-untyped-def]
+    for number in range(COUNT):
+        time.sleep(0.005)
+        yield number
+
+
+async def test_autoscaling_uses_the_room_of_its_plan(held: MakeHeld) -> None:
+    policy = AutoscalePolicy(up_age=0.05, interval=0.05, down_idle=0.3)
+    settings = msgspec.structs.replace(SMALL, autoscale=policy)
+    spec = chain(one("a", "source"), one("b", autoscale=3), settings=settings)
+    here = held(spec, lay_out(spec, seats(a="1", b="211"), "c"), a=lazily, b=double)  # b#0 is elsewhere
+    await here.start()
+    await here.follow()
+    assert not any(worker.name.startswith("b") for worker in here.news.workers)
+    await here.until(lambda news: any(worker.name == "b#1" and worker.pid for worker in news.workers), "b#1 by load")
+    await here.until(lambda news: ("a", 0) in news.ended, "a ended")
+    assert here.news.ended == (("a", 0),)
+    await here.follow(ends=frozenset({"e0-a-b"}))
+    await here.until(lambda news: news.ended == (("a", 0), ("b", 1), ("b", 2)), "b ended, the unused room too")
+    await here.stop()
+

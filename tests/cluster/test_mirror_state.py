@@ -96,8 +96,8 @@ class Mirror(RuleBasedStateMachine):
                     self.wire[link][0].append(hello(SOURCE, self.source.epoch, self.copy.head, self.copy.tail))
                 case SayEnd(link, position):
                     self.wire[link][0].append(End(1, position))
-                case SayRefusal(link, code, text):
-                    self.wire[link][0].append(Refusal(1, code, text))
+                case SayRefusal(link, code, text, epoch):
+                    self.wire[link][0].append(Refusal(1, code, text, epoch))
                 case Rewind(position):
                     assert position in self.copy.boundaries(), "the sink's head is a boundary"
                     self.run = position
@@ -123,8 +123,8 @@ class Mirror(RuleBasedStateMachine):
                     self.wire[link][1].append(hello(SINK, self.sink.epoch, self.far.head, finished, ended=ended))
                 case SayResume(link, position):
                     self.wire[link][1].append(Resume(1, position))
-                case SayRefusal(link, code, text):
-                    self.wire[link][1].append(Refusal(1, code, text))
+                case SayRefusal(link, code, text, epoch):
+                    self.wire[link][1].append(Refusal(1, code, text, epoch))
                 case Hole(span):
                     self.far.frames.append((self.far.head, self.far.head + span, True))
                 case CloseStream():
@@ -411,6 +411,26 @@ def test_a_refusal_for_good_ends_the_mirror_and_another_one_only_the_link():
     assert source.link is None
     assert source.connected(2) == [SayHello(2)]
     assert source.refused(2, Refusal(1, "stale-epoch", "too old")) == [Failed("stale-epoch", "too old")]
+
+
+def test_a_refusal_that_meant_the_one_before_it_is_not_heard():
+    old, sink = pair(1)[0], pair(3)[1]
+    (no,) = sink.hello(1, hello(SOURCE, old.epoch, 0))
+    said = Refusal(1, no.code, no.text, no.epoch)
+    new, _ = pair(3)
+    new.connected(1)
+    assert new.refused(1, said) == []
+    assert new.hello(1, hello(SINK, 3, 0)) == [Rewind(0)]
+    old.connected(1)
+    assert [type(command) for command in old.refused(1, said)] == [Failed]
+
+
+def test_one_that_was_replaced_does_not_refuse_those_that_replace_it():
+    sink = pair(1)[1]
+    for link in (1, 2):
+        sink.connected(link)
+        assert not any(isinstance(command, SayRefusal) for command in sink.hello(link, hello(SOURCE, 3, 0)))
+    assert [type(command) for command in sink.hello(2, hello(SOURCE, 1, 0))] == [SayRefusal]
 
 
 def test_data_behind_the_end_is_refused_and_the_ring_unchanged():

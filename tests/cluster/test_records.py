@@ -54,7 +54,7 @@ every_record = st.one_of(
     st.builds(Progress, numbers, numbers, numbers, numbers, numbers, st.booleans()),
     st.builds(Resume, numbers, numbers),
     st.builds(Retired, numbers, numbers),
-    st.builds(Refusal, numbers, st.text("abc-", max_size=20), st.text(max_size=200)),
+    st.builds(Refusal, numbers, st.text("abc-", max_size=20), st.text(max_size=200), numbers),
     st.builds(Ping, numbers),
     st.builds(Pong, numbers),
 )

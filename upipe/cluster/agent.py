@@ -12,8 +12,7 @@ kill -9 the keepers and their workers go on; the next agent in that directory fi
 How it ends. SIGTERM and SIGINT, and POST /v1/node/drain, mean: take nothing new, let workers that can run elsewhere
 move there, for at most drain_seconds; then say good-bye and end. What cannot move (the only node, a pinned worker, no
 room) keeps running, in its keeper, for the next agent in this directory: ending a keeper would throw away the frames in
-its queues, and only the user can mean that (`stop` the pipe). A second signal ends the agent at once; keepers go on then
-too.
+its queues, and only the user can mean that (`stop` the pipe). A second signal ends the agent at once; keepers stay.
 """
 
 from __future__ import annotations

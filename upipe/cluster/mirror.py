@@ -192,8 +192,8 @@ class _MirrorEnd:
         match command:
             case SayHello(link):
                 self._say(link, self._hello())
-            case SayRefusal(link, code, text):
-                self._say(link, Refusal(self.key, code, text))
+            case SayRefusal(link, code, text, epoch):
+                self._say(link, Refusal(self.key, code, text, epoch))
             case SayEnd(link, position):
                 self._say(link, End(self.key, position))
             case SayResume(link, position):

@@ -40,6 +40,8 @@ class SayRefusal:
     link: Link
     code: str
     text: str
+    epoch: int
+    """Of who is refused."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,12 @@ class _End:
         """The copy of the queue refused what the other end said."""
         link = self.link
         commands = self._fail(code, text)
-        return [SayRefusal(link, code, text), *commands] if link is not None else commands
+        return [SayRefusal(link, code, text, self.epoch), *commands] if link is not None else commands
 
     def refused(self, link: Link, refusal: Refusal) -> list[Command]:
-        """The other end refused us: for good, or on this link only."""
+        """The other end refused us: for good, or on this link only. It may mean one of another epoch that was here."""
+        if refusal.epoch not in (0, self.epoch):
+            return []
         if self.failure or (self.link is not None and self.link != link):
             return []
         if refusal.code in FATAL:
@@ -166,23 +170,26 @@ class _End:
     def _check(self, link: Link, hello: Hello) -> list[Command] | None:
         """None when the other end is our twin; otherwise what to do about it."""
         mine, theirs = ROLES[self.role], ROLES[hello.role]
+        if self.failure and hello.epoch > self.epoch:
+            return []  # meant for the one that comes after us, who hears it then (Link.add)
         if self.failure:
             text = f"the {mine} of mirror {self.name} stopped: {self.failure.text}"
-            return [SayRefusal(link, self.failure.code, text)]
+            return [SayRefusal(link, self.failure.code, text, hello.epoch)]
         if hello.epoch < self.epoch:
             text = f"the {theirs} of mirror {self.name} has epoch {hello.epoch}, its {mine} {self.epoch}: replaced"
-            return [SayRefusal(link, "stale-epoch", text)]
+            return [SayRefusal(link, "stale-epoch", text, hello.epoch)]
         if hello.epoch > self.epoch:
             text = f"the {mine} of mirror {self.name} has epoch {self.epoch}, its {theirs} {hello.epoch}: replaced"
             return self._fail("stale-epoch", text)
         if hello.role == self.role:
-            return [SayRefusal(link, "bad-mirror", f"both ends of mirror {self.name} are its {mine}; place it again")]
+            text = f"both ends of mirror {self.name} are its {mine}; place it again"
+            return [SayRefusal(link, "bad-mirror", text, hello.epoch)]
         if (hello.capacity, hello.fingerprint) != (self.capacity, self.fingerprint):
             text = (
                 f"the copies of mirror {self.name} differ: the {mine} has {self.capacity:,} bytes of layout "
                 f"{self.fingerprint:08x}, the {theirs} {hello.capacity:,} of {hello.fingerprint:08x}; run one version"
             )
-            return [SayRefusal(link, "version", text)]
+            return [SayRefusal(link, "version", text, hello.epoch)]
         return None
 
 

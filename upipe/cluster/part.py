@@ -30,7 +30,7 @@ from upipe.cluster import wire
 from upipe.cluster.dealings import NodeReport, QueueState
 from upipe.cluster.layout import NodePlan
 from upipe.cluster.ledger import replace_file
-from upipe.errors import ClusterError, NodeRefused, UpipeError
+from upipe.errors import ClusterError, KeeperFailed, NodeRefused, UpipeError
 from upipe.runtime.spool import DeadLetter
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ GATHER = 0.005
 FAREWELL = 60.0
 """Seconds for which it is said that nothing is left, to a coordinator that does not answer. Who asks later is told
 without a part (parts.py)."""
+TRIES = 3
+"""Of starting a keeper, before the pipe fails with the reason."""
 log = logging.getLogger("upipe.cluster")
 Fence = tuple[int, int]
 
@@ -166,7 +168,7 @@ class Part:
         self._wake.set()
 
     async def _follow_orders(self) -> None:
-        done: Fence = (0, 0)
+        done, failures = (0, 0), 0
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -180,6 +182,11 @@ class Part:
                 self._fail(str(error))
                 done = orders.fence
             except (UpipeError, OSError) as error:
+                failures += isinstance(error, KeeperFailed)
+                if failures >= TRIES:
+                    self._fail(f"node {self._means.node}: {error}")
+                    done = orders.fence
+                    continue
                 log.warning("pipe %s: %s; it is tried again", self.pipe, error)
                 await asyncio.sleep(AGAIN)
                 self._wake.set()

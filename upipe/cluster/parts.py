@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import shutil
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,8 @@ from upipe.errors import ClusterError, NodeUnreachable
 if TYPE_CHECKING:
     from upipe.cluster.keeping import Job, KeeperNews
 
+KEEP = 20
+"""Directories of keepers that have ended which are kept."""
 log = logging.getLogger("upipe.cluster")
 MakeKeeper = Callable[[Path, "Callable[[KeeperNews], None]", Callable[[str], None]], KeeperHandle]
 MakeFerry = Callable[[str, Callable[[], None]], FerryHandle]
@@ -101,8 +104,15 @@ class Parts:
         if self.all.get(part.pipe) is part:
             del self.all[part.pipe]
             self._store.pin(part.pipe, ())
+            self._tidy()
             part.forget()  # at once: a new part of the same pipe may write there next
             self._errands.run(part.close(), f"forget part {part.pipe}")
+
+    def _tidy(self) -> None:
+        """Output and dead letters of the last pipes stay, so that one can look; older ones go."""
+        gone = [path for path in (self._directory / "pipes").iterdir() if path.name not in self.all]
+        for path in sorted(gone, key=lambda one: one.lstat().st_mtime, reverse=True)[KEEP:]:
+            shutil.rmtree(path, ignore_errors=True)
 
     # ------------------------------------------------------------------ orders
 

@@ -81,6 +81,7 @@ class Entry:
     todo: deque[Command] = field(default_factory=deque)
     working: bool = False
     timer: asyncio.TimerHandle | None = None
+    said: tuple[str, str] = ("", "")
     over_since: float | None = None
     ask_at: float = 0.0
     stop_timer: asyncio.TimerHandle | None = None
@@ -266,9 +267,17 @@ class Pipes:
             self._deals.send(command.node, record.id, command.message)
         elif isinstance(command, TellClient):
             entry.desk.put(record.epoch, told=command)
-            self._tell(f"pipe {record.id} is {command.state}" + "".join(f"; {one}" for one in command.reasons))
+            self._say(entry, command)
         else:
             self._arrange(entry, command)
+
+    def _say(self, entry: Entry, told: TellClient) -> None:
+        """Each state once, and what waits for room."""
+        short = (told.state, told.waiting)
+        if short != entry.said:
+            entry.said = short
+            more = "".join(f"; {one}" for one in (*told.reasons, told.waiting) if one)
+            self._tell(f"pipe {entry.record.id} is {told.state}{more}")
 
     def _arrange(self, entry: Entry, command: Arrange) -> None:
         record = entry.record

@@ -122,6 +122,8 @@ class Refusal(msgspec.Struct, frozen=True):
     mirror: int
     code: str
     text: str
+    epoch: int = 0
+    """Of the end that is refused; another one that came since is not meant. 0: whoever hears it."""
 
 
 class Ping(msgspec.Struct, frozen=True):
@@ -168,7 +170,7 @@ def _parts(record: Record) -> tuple[int, int, bytes]:
             return HELLO, record.position, head + name
         case Refusal():
             code, text = record.code.encode()[:60], _cut(record.text, MOST_BODY - 64)
-            return REFUSAL, 0, bytes((len(code),)) + code + text
+            return REFUSAL, record.epoch, bytes((len(code),)) + code + text
         case End():
             return END, record.position, b""
         case Resume():
@@ -216,7 +218,7 @@ def _record(header: Header, body: bytes) -> Record:
         return _hello(header, body)
     if kind == REFUSAL:
         size = body[0]
-        return Refusal(mirror, body[1 : 1 + size].decode(), body[1 + size :].decode())
+        return Refusal(mirror, body[1 : 1 + size].decode(), body[1 + size :].decode(), position)
     if length:
         raise MirrorRefused("bad-record", f"a record of kind {kind} has no body, this one has {length} bytes")
     if kind in (PING, PONG):

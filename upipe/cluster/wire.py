@@ -119,7 +119,7 @@ class Orders(msgspec.Struct, frozen=True):
     """None: end everything of the pipe there."""
     spec: PipeSpec | None = None
     shipment: Shipment = Shipment()
-    coordinator: NodeId | Literal[""] = ""
+    coordinator: Annotated[str, Meta(pattern=f"^({NODE_ID})?$")] = ""
     """Who says so: reports go there. Its certificate must say the same; "" in orders to the submitting process."""
 
 
