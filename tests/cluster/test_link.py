@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import uvloop
 
-from tests.cluster.secure_support import Running, running
+from tests.cluster.secure_support import NODE, Running, running
 from tests.cluster.test_mirror import Pair, balanced, emit, everything, mixed, same, until
-from upipe.cluster import routes
+from upipe.cluster import routes, tls
+from upipe.cluster.lines import Lines
 from upipe.cluster.link import Link
 from upipe.cluster.opening import Opening
 from upipe.cluster.records import Hello, Ping, encode, mirror_key
@@ -128,3 +129,33 @@ async def test_who_stops_waiting_for_a_link_does_it_no_harm() -> None:
     link.connection_lost(None)
     link.connection_lost(OSError("again"))
     assert link.closed.result() == "the other end closed it"
+
+
+async def test_lines_of_two_processes_meet_over_the_guard_which_proves_who_dialled(tmp_path: Path) -> None:
+    pair, values = Pair(1 << 18), mixed(800)
+    copy = pair.fresh_copy()
+    here, there = "0" * 16, NODE
+    accepting = Lines(there, lambda peer, link: asyncio.sleep(0))
+
+    async def mirror(call: Call) -> None:
+        assert call.peer.identity is not None
+        link = Link()
+        call.switch(link)
+        accepting.accepted(call.peer.identity.id, link)
+        await link.over()
+
+    async with running(tmp_path, mirror=mirror) as node:
+
+        async def dial_node(peer: str, link: Link) -> None:
+            async with node.client(identity=tls.Identity("node", here), node=peer) as client:
+                await client.upgrade(routes.MIRROR, link, mirror="links")
+
+        dialling = Lines(here, dial_node)
+        accepting.carry(pair.mirror_sink(), here, dials=False)
+        dialling.carry(pair.mirror_source(), there, dials=True)
+        _, found = await asyncio.gather(emit(pair, values), everything(copy))
+        await pair.done.wait()
+        assert same(found, values)
+        dialling.close()
+        accepting.close()
+    pair.close()

@@ -21,7 +21,7 @@ from typing import Any, TypeVar, cast
 
 from upipe.cluster import mirror_state
 from upipe.cluster.gate import Tail
-from upipe.cluster.link import CHUNK, Link
+from upipe.cluster.link import Link
 from upipe.cluster.mirror_state import (
     CloseStream,
     Command,
@@ -290,8 +290,8 @@ class MirrorSource(_MirrorEnd):
             return False
         if not self._run:
             return True  # a hole was told
-        chunk = self._run[:CHUNK]
-        self._run = self._run[CHUNK:]
+        chunk = self._run[:link.chunk]
+        self._run = self._run[link.chunk:]
         header = data_header(self.key, self.machine.cursor, len(chunk))
         if len(chunk) <= JOIN:
             link.write(header + bytes(chunk))
@@ -303,7 +303,7 @@ class MirrorSource(_MirrorEnd):
 
     def _fetch(self, link: Link) -> bool:
         """Fill the run, or tell a hole. False when there is nothing to send; a bell or a timer tells when there is."""
-        found = self.ring.outgoing(self.machine.cursor, CHUNK)
+        found = self.ring.outgoing(self.machine.cursor, link.chunk)
         if found is None:
             many, self._frames = self._frames >= MANY, 0
             if many:
@@ -311,7 +311,7 @@ class MirrorSource(_MirrorEnd):
                 return False
             self.on_news()
             self.ring.arm(0)
-            found = self.ring.outgoing(self.machine.cursor, CHUNK)  # what came before the bell was armed
+            found = self.ring.outgoing(self.machine.cursor, link.chunk)  # what came before the bell was armed
             if found is None:
                 self._look_for_end()
                 return False
