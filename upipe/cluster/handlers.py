@@ -181,8 +181,7 @@ class Handlers:
         return await self._pipes.attend(call.parameters["pipe"], asked, lambda: call.gone)
 
     async def letters(self, call: Call) -> bytes:
-        part = self._parts.all.get(call.parameters["pipe"])
-        return msgspec.msgpack.encode(await part.letters() if part is not None else [])
+        return await self._parts.letters(call.parameters["pipe"])
 
     async def output(self, call: Call) -> AsyncIterator[bytes]:
         part = self._parts.all.get(call.parameters["pipe"])

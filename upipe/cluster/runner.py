@@ -288,7 +288,7 @@ class ClusterRunner:
     async def _wind_up(self) -> None:
         try:
             self._let_go()
-            if sum(crew.letters for crew in self._told.crews.values()) > len(self._dead):
+            if self.report().dead_letters > len(self._dead):
                 await self._fetch_letters()
             for task in self._tasks:
                 task.cancel()
