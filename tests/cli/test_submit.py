@@ -78,9 +78,8 @@ async def test_a_script_runs_a_pipe_there_and_its_status_comes_back(node: Node, 
 
 async def test_detached_it_is_found_by_its_id(node: Node, work: Path) -> None:
     (work / "script.py").write_text("import os, sys\nprint(os.environ['MINE'], sys.argv[1:])\nsys.exit(4)\n")
-    status, out, err = await upipe(
-        "submit", "--name", "my job", "--env", "MINE=1", "--detach", "--working-dir", str(work), "script.py", "--name", "x"
-    )
+    options = ("--name", "my job", "--env", "MINE=1", "--detach", "--working-dir", str(work))
+    status, out, err = await upipe("submit", *options, "script.py", "--name", "x")
     job = out.strip()
     assert status == 0 and job.startswith("my-job-"), err
     assert await upipe("logs", job) == (4, "1 ['--name', 'x']\n", "")

@@ -17,7 +17,7 @@ RUNNING, DONE = TellClient("running"), TellClient("completed")
 
 
 def news(number: int = 1, fence: tuple[int, int] | None = None, told: TellClient = RUNNING, *nodes: str) -> News:
-    return News(number, told, Orders(fence) if fence else None, {node: ("h:1",) for node in nodes})
+    return News(number, told, Orders(fence) if fence else None, dict.fromkeys(nodes, ("h:1",)))
 
 
 def test_it_asks_the_first_with_what_it_has() -> None:
@@ -87,7 +87,7 @@ def test_whatever_happens_it_finds_the_coordinator_and_ends_at_its_newest_orders
     nodes = [f"n{number}" for number in range(size)]
     one = Attending(CLIENT, nodes[: chance.randint(1, size)])
     one.nodes += [node for node in nodes if node not in one.nodes]
-    now, fence, number = 0.0, (1, 1), 0
+    now, fence = 0.0, (1, 1)
     coordinator = nodes[0]
     late: list[tuple[str, News]] = []
     fences: list[tuple[int, int]] = []
@@ -95,10 +95,9 @@ def test_whatever_happens_it_finds_the_coordinator_and_ends_at_its_newest_orders
         calm = step >= 60 - 3 * size
         if not calm and chance.random() < 0.3:
             coordinator, fence = chance.choice(nodes), (fence[0] + 1, fence[1] + 1)
-        number += 1
         node = one.poll(None).node
         assert node in nodes and sorted(one.nodes) == sorted(set(one.nodes))
-        answer = news(number, fence)
+        answer = news(step + 1, fence)
         if node != coordinator:
             pause = one.failed(node, chance.choice(("not_coordinator", "", "not_yet")), "no", now)
             assert isinstance(pause, float) and 0 <= pause <= LONGEST_PAUSE

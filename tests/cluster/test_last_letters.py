@@ -22,6 +22,7 @@ def test_they_are_there_in_the_next_life_and_the_newest_pipes_stay(
     for number in range(3):
         kept.keep(f"pipe{number}", [LETTER] * (number + 1))
     kept.keep("none", [])
-    found = [msgspec.msgpack.decode(LastLetters(tmp_path / "letters").of(f"pipe{n}"), type=list[DeadLetter]) for n in range(3)]
+    later = LastLetters(tmp_path / "letters")
+    found = [msgspec.msgpack.decode(later.of(f"pipe{n}"), type=list[DeadLetter]) for n in range(3)]
     assert found == [[], [LETTER] * 2, [LETTER] * 3]
     assert msgspec.msgpack.decode(kept.of("none")) == []

@@ -20,7 +20,8 @@ from upipe.cluster.shipping import Freight, load_freight
 from upipe.errors import DeclarationError
 
 MODULES = {
-    "ours_a.py": "import ours_b, json\nimport numpy as np\ntry:\n    import msgspec\nexcept ImportError:\n    msgspec = None\n"
+    "ours_a.py": "import ours_b, json\nimport numpy as np\n"
+    "try:\n    import msgspec\nexcept ImportError:\n    msgspec = None\n"
     "def work(value): return ours_b.twice(value)\n",
     "ours_b/__init__.py": "from ours_b.inner import twice\n",
     "ours_b/inner.py": "def twice(value): return 2 * value\n",
@@ -97,7 +98,8 @@ def test_config_and_keys_count_too(place: Path) -> None:
     import ours_a
     import ours_c
 
-    one, two = Processor("a", function("def work(value): return value"), config={"module": ours_c}), Processor("b", len)
+    same = function("def work(value): return value")
+    one, two = Processor("a", same, config={"module": ours_c}), Processor("b", len)
     one.add(two, key=ours_a.work)
     assert {"ours_a.py", "ours_c.py"} <= shipped(load_freight([one, two], {}))
 

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from upipe.cluster import member_events as events
-from upipe.cluster.address import Address
 from upipe.cluster import token
+from upipe.cluster.address import Address
 from upipe.cluster.audit import Audit
 from upipe.cluster.errands import Errands
 from upipe.cluster.guard import Policy

@@ -10,8 +10,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-import msgspec
-
 from upipe.cluster import messages, wire
 from upipe.cluster.dealings import Ask, Message, Replicate
 from upipe.cluster.link import Link

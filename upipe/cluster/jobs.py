@@ -182,10 +182,7 @@ class Jobs:
                 raise refuse(400, "no_script", f"The working directory holds no script {request.arguments[0]}.")
             saved = Saved(request.name, request.arguments, self._environment(request), request)
             write_whole(directory / "job.json", json.dumps(msgspec.to_builtins(saved)))
-            process = subprocess.Popen(
-                [sys.executable, "-P", str(_PROCESS), str(directory)], stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
-            )  # fmt: skip
+            process = _beside(directory)
         except ArchiveRefused as error:
             shutil.rmtree(directory, ignore_errors=True)
             raise refuse(400, "bad_archive", str(error)) from None
@@ -225,7 +222,7 @@ class Jobs:
         """Until the process beside the script takes signals: it has written its pid."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(KILLED):
-                while not job.ended.is_set() and not (job.directory / "pid").exists():
+                while not job.ended.is_set() and not (job.directory / "pid").exists():  # noqa: ASYNC110 - a file
                     await asyncio.sleep(GLANCE / 10)
 
     # ------------------------------------------------------------------ telling
@@ -233,7 +230,8 @@ class Jobs:
     def _job(self, job: str) -> Job:
         found = self.all.get(job)
         if found is None:
-            raise refuse(404, "no_such_job", f"This node knows no job {job}; it keeps the last {MOST_ENDED} that ended.")
+            said = f"This node knows no job {job}; of those that ended it keeps the last {MOST_ENDED}."
+            raise refuse(404, "no_such_job", said)
         return found
 
     def info(self, job: str) -> wire.JobInfo:
@@ -291,6 +289,14 @@ class Jobs:
         return {"jobs": jobs, "run_job": run_job, "job": job, "logs": logs, "stop_job": stop_job}
 
 
+def _beside(directory: Path) -> subprocess.Popen[bytes]:
+    """Start the process beside a script."""
+    return subprocess.Popen(
+        [sys.executable, "-P", str(_PROCESS), str(directory)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
+    )  # fmt: skip
+
+
 def _living(directory: Path) -> int:
     """pidfd of the process beside the script, -1 when it has ended."""
     try:
@@ -309,7 +315,8 @@ def _living(directory: Path) -> int:
 
 async def _pieces(directory: Path, position: int) -> AsyncIterator[tuple[int, bytes]]:
     """(position behind it, bytes) of the output from a position on, as far as it is there now."""
-    segments = sorted((int(path.name.partition(".")[2]), path) for path in directory.glob("output.*"))
+    names = sorted(name for name in os.listdir(directory) if name.startswith("output."))
+    segments = [(int(name.partition(".")[2]), directory / name) for name in names]
     for number, (begin, path) in enumerate(segments):
         if number + 1 < len(segments) and segments[number + 1][0] <= position:
             continue

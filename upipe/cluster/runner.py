@@ -302,7 +302,7 @@ class ClusterRunner:
             self.ended.set_result(None)
 
     async def stop(self) -> None:
-        """End it now. From another loop, once the pipe's own has ended: the cluster ends it when it misses our polls."""
+        """End it now. From another loop, once the pipe's own has ended: the cluster ends it when our polls cease."""
         if self.ended is None:
             return
         if self.loop.is_closed():

@@ -6,7 +6,7 @@ Frames do not travel here, they go over mirrors.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
