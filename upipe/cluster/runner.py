@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from upipe.cluster import books, wire
+from upipe.cluster.address import Address, parse
 from upipe.cluster.attending import Attending, Follow, GiveUp, Poll
 from upipe.cluster.dealings import NodeReport, TellClient
 from upipe.cluster.ferry import Ferry
@@ -79,7 +80,9 @@ class ClusterRunner:
         self._told = TellClient("starting")
         self._state = "starting"
         self._reasons: tuple[str, ...] = ()
-        self._addresses: dict[str, tuple[Any, ...]] = {}
+        self._addresses: dict[str, tuple[Address, ...]] = {}
+        self._found: dict[str, tuple[Address, ...]] = {}
+        """Where the user found the first node: that works from here, whatever it calls itself."""
         self._dead: dict[tuple[str, int, str], DeadLetter] = {}
         self._letters_seen = 0
         self._began, self._seconds = time.monotonic(), 0.0
@@ -114,6 +117,7 @@ class ClusterRunner:
     def _join(self, reached: Reached, info: wire.PipeInfo) -> None:
         me = reached.credentials.identity.id
         self._addresses = dict(reached.addresses)
+        self._found = {reached.node: reached.addresses[reached.node][:1]}
         self._peers = Peers(me, reached.secret, reached.credentials, lambda node: self._addresses.get(node, ()))
         self._lines = Lines(me, self._peers.line)
         self._ferry = Ferry(me, self.id, self._lines, self._news.set)
@@ -205,12 +209,7 @@ class ClusterRunner:
             self._task(self._fetch_letters(), "letters")
 
     def _learn(self, node: str, places: tuple[str, ...]) -> None:
-        from upipe.cluster.address import parse
-
-        known = self._addresses.get(node, ())
-        told = tuple(parse(place) for place in places)
-        first = known[:1] if known[:1] and known[0] not in told else ()  # where the user found it
-        self._addresses[node] = (*first, *told)
+        self._addresses[node] = tuple(dict.fromkeys((*self._found.get(node, ()), *map(parse, places))))
 
     def _follow(self, orders: wire.Orders) -> None:
         plan = orders.plan
@@ -384,6 +383,7 @@ class ClusterRunner:
             except ClusterError:
                 continue  # it has none of the pipe, or is gone, and what lay there with it
             for letter in _letters.decode(data) if data else []:
+                letter = msgspec.structs.replace(letter, allow_pickle=self.spec.settings.allow_pickle is True)
                 self._dead[letter.queue, letter.position, letter.worker] = letter
 
 
