@@ -18,7 +18,8 @@ import pytest
 
 from tests.support import DEADLINE, QUICK, chain, collect, feed
 from upipe import CallTimeout, Pipe, PipeFailed, Processor, ProcessorError, RestartPolicy, Settings
-from upipe.errors import IllegalTransition, PipeError
+from upipe import pipe as pipe_module
+from upipe.errors import ClusterError, IllegalTransition, PipeError
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -578,3 +579,15 @@ def test_what_a_cluster_needs_to_know_is_in_the_spec_and_says_nothing_here() -> 
     assert spec.needs == {"cpu": 0.1, "memory": 2**30, "gpu": 1} and spec.place.hosts == ("elsewhere",)
     assert hash(spec) == hash(spec)
     assert pipe.run(20).state == "completed"
+
+
+async def test_without_the_libraries_of_a_cluster_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name="aiohttp")
+
+    monkeypatch.setattr(pipe_module.importlib, "import_module", missing)
+    pipe = Pipe("p")
+    pipe.add(Processor("a", len))
+    with pytest.raises(ClusterError, match=r"needs aiohttp, which is not installed: pip install 'upipe\[cluster\]'"):
+        await pipe.start(cluster="auto")
+    assert pipe.state == "declared"

@@ -29,7 +29,6 @@ from upipe.runtime.spool import DeadLetter
 from upipe.runtime.worker import Bundle
 from upipe.settings import Settings
 
-
 Check = Callable[[PipeSpec], list[str]]
 
 

@@ -116,11 +116,12 @@ async def test_nobody_speaks_in_the_name_of_another_node(tmp_path):
         assert c.id in a.agent.neighbours.live()
 
 
-async def test_jobs_are_answered_501_until_a_node_runs_some(tmp_path):
+async def test_a_node_runs_jobs(tmp_path):
     async with running(tmp_path, "a") as nodes, nodes[0].client() as client:
+        assert (await client.call(routes.JOBS)).jobs == ()
         with pytest.raises(NodeRefused) as caught:
-            await client.call(routes.JOBS)
-        assert (caught.value.status, caught.value.code) == (501, "no_jobs")
+            await client.call(routes.RUN_JOB, wire.JobRequest("j", ("x.py",), "ab" * 32))
+        assert (caught.value.status, caught.value.code) == (409, "no_content")
 
 
 async def test_certificates_are_renewed_when_due(tmp_path):

@@ -16,6 +16,7 @@ import pytest
 from upipe.cluster import archive, job_process, jobs, wire
 from upipe.cluster.jobs import Jobs
 from upipe.errors import NodeRefused
+from upipe.memq import segment
 
 NODE = "00000000000000aa"
 CONTENTS: dict[str, bytes] = {}
@@ -26,7 +27,7 @@ async def content(digest: str) -> bytes | None:
 
 
 def made(directory: Path) -> Jobs:
-    return Jobs(directory / "jobs", NODE, "127.0.0.1:7420", directory / "token", content)
+    return Jobs(directory / "jobs", NODE, lambda: "127.0.0.1:7420", directory / "token", content)
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ async def here(tmp_path: Path) -> AsyncIterator[Jobs]:
     yield found
     for job in list(found.all):
         await found.stop(job, 0.0)
-    found.close()
+    await found.close()
 
 
 def request(tmp_path: Path, text: str, *arguments: str, **more: Any) -> wire.JobRequest:
@@ -98,7 +99,8 @@ async def test_it_outlives_the_agent_and_keeps_its_status(here: Jobs, tmp_path: 
     info = await here.run(request(tmp_path, text))
     assert await first_line(here, info.job) == b"first\n"
     process = here.all[info.job].process
-    here.close()
+    await here.close()
+    here.all.clear()
     after = made(tmp_path)
     after.load()
     assert after.info(info.job).state == "running"
@@ -109,12 +111,12 @@ async def test_it_outlives_the_agent_and_keeps_its_status(here: Jobs, tmp_path: 
     later.load()  # it ended while nobody looked
     for one in (after, later):
         assert (one.info(info.job).state, one.info(info.job).status) == ("failed", 7)
-        one.close()
-    here.all.clear()
+        await one.close()
 
 
 async def test_stop_asks_first_and_kills_after_the_deadline(here: Jobs, tmp_path: Path) -> None:
-    asks = "import signal, sys, time\nsignal.signal(15, lambda *_: (print('bye'), sys.exit(5)))\nprint('up')\ntime.sleep(99)"
+    ends = "signal.signal(15, lambda *_: (print('bye'), sys.exit(5)))"
+    asks = f"import signal, sys, time\n{ends}\nprint('up')\ntime.sleep(99)"
     info = await here.run(request(tmp_path, asks))
     await first_line(here, info.job)
     stopped = await here.stop(info.job, 20)
@@ -130,8 +132,7 @@ async def test_children_go_with_it(here: Jobs, tmp_path: Path) -> None:
     text = "import subprocess\nprint(subprocess.Popen(['sleep', '99']).pid)"
     info = await here.run(request(tmp_path, text))
     pid = int(await output(here, info.job))
-    state = Path(f"/proc/{pid}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert segment.process_state(pid) in (None, "Z", "X")
 
 
 async def test_killed_with_what_kept_its_status_it_is_lost(here: Jobs, tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ async def test_what_cannot_run_is_refused_and_leaves_nothing(here: Jobs, tmp_pat
     ):
         with pytest.raises(NodeRefused, match=code):
             await here.run(msgspec.structs.replace(good, **change))
-    assert not list((tmp_path / "jobs").iterdir()) and not here.all
+    assert not os.listdir(tmp_path / "jobs") and not here.all
     for ask in (here.info, here._job):
         with pytest.raises(NodeRefused, match="no_such_job"):
             ask("gone")
@@ -180,7 +181,7 @@ async def test_only_so_many_ended_jobs_are_kept(
     for number in range(3):
         info = await here.run(msgspec.structs.replace(asked, id=f"job{number}"))
         await output(here, info.job)
-    assert set(here.all) == {"job1", "job2"} == {path.name for path in (tmp_path / "jobs").iterdir()}
+    assert set(here.all) == {"job1", "job2"} == set(os.listdir(tmp_path / "jobs"))
 
 
 async def test_output_is_bounded_and_says_what_is_left_out(tmp_path: Path) -> None:
@@ -189,7 +190,7 @@ async def test_output_is_bounded_and_says_what_is_left_out(tmp_path: Path) -> No
     for start in range(0, len(written), 7):
         out.write(written[start : start + 7])
     out.close()
-    assert len(list(tmp_path.glob("output.*"))) == job_process.KEPT
+    assert len(os.listdir(tmp_path)) == job_process.KEPT
     left = len(written) - 10 * job_process.KEPT
     pieces = [piece async for piece in jobs._pieces(tmp_path, 0)]
     assert pieces[0][1] == f"upipe: {left} bytes of output are left out here\n".encode()

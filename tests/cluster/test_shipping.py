@@ -15,11 +15,13 @@ import pytest
 
 from upipe import Processor
 from upipe.cluster import shipping
-from upipe.cluster.shipping import Freight, load_freight, unmet
+from upipe.cluster.fitting import misfit
+from upipe.cluster.shipping import Freight, load_freight
 from upipe.errors import DeclarationError
 
 MODULES = {
-    "ours_a.py": "import ours_b, json\nimport numpy as np\ntry:\n    import msgspec\nexcept ImportError:\n    msgspec = None\n"
+    "ours_a.py": "import ours_b, json\nimport numpy as np\n"
+    "try:\n    import msgspec\nexcept ImportError:\n    msgspec = None\n"
     "def work(value): return ours_b.twice(value)\n",
     "ours_b/__init__.py": "from ours_b.inner import twice\n",
     "ours_b/inner.py": "def twice(value): return 2 * value\n",
@@ -96,7 +98,8 @@ def test_config_and_keys_count_too(place: Path) -> None:
     import ours_a
     import ours_c
 
-    one, two = Processor("a", function("def work(value): return value"), config={"module": ours_c}), Processor("b", len)
+    same = function("def work(value): return value")
+    one, two = Processor("a", same, config={"module": ours_c}), Processor("b", len)
     one.add(two, key=ours_a.work)
     assert {"ours_a.py", "ours_c.py"} <= shipped(load_freight([one, two], {}))
 
@@ -128,9 +131,9 @@ def test_a_module_that_is_too_large_is_named_with_its_directory(place: Path, mon
 
 
 def test_a_node_names_what_it_lacks() -> None:
-    freight = load_freight([Processor("a", function("import msgspec\ndef work(value): return msgspec.to_builtins(value)"))], {})
-    shipment = freight.shipment
-    assert set(shipment.packages) == {"msgspec"} and unmet(shipment) == []
-    lacks = msgspec.structs.replace(shipment, packages={"no-such-dist": "1.2"}, python="2.7")
-    python, package = unmet(lacks)
-    assert "Python 2.7" in python and "pip install no-such-dist==1.2" in package
+    text = "import msgspec\ndef work(value): return msgspec.to_builtins(value)"
+    shipment = load_freight([Processor("a", function(text))], {"a": b"code"}).shipment
+    assert set(shipment.packages) == {"msgspec"} and misfit(shipment, "n1") == ""
+    lacks = msgspec.structs.replace(shipment, packages={"no-such-dist": "1.2"})
+    assert "no-such-dist==1.2" in misfit(lacks, "n1")
+    assert "Python 2.7" in misfit(msgspec.structs.replace(shipment, python="2.7"), "n1")

@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from upipe import CallTimeout, MemQ
-from upipe.errors import IllegalTransition
+from upipe.errors import EndOfStream, IllegalTransition
 from upipe.graph.plan import PIPE, Plan, QueuePlan
 from upipe.runtime.ends import Ends
 
@@ -162,3 +163,35 @@ async def test_after_the_end_nothing_is_taken(runner: Runner) -> None:
     await asyncio.sleep(0)
     with pytest.raises(IllegalTransition, match="it is completed"):
         await ends.emit(1, None, 0, None)
+
+
+async def test_an_emit_that_waits_goes_to_a_queue_that_comes(runner: Runner) -> None:
+    ends = Ends("p", runner)
+    list(fill(ends, runner))
+    waits = [asyncio.create_task(ends.emit(value, None, 0, None)) for value in ("x", "y")]
+    await asyncio.sleep(0)
+    first = runner.plan.queues[0]
+    second = msgspec.structs.replace(first, name="in-2")
+    runner.queues["in-2"] = fresh = MemQ(4096)
+    fresh.use_producer(0, 1)
+    runner.plan = msgspec.structs.replace(runner.plan, queues=(first, second))
+    runner.changed()
+    assert await asyncio.gather(*waits) == [True, True]
+    assert [fresh.get(), fresh.get()] == ["x", "y"]
+    runner.plan = msgspec.structs.replace(runner.plan, queues=(second,))
+    runner.changed()
+    assert await ends.emit("z", None, 0, 1.0) and fresh.get() == "z"
+    old = runner.queues["in"]
+    for _ in range(old.stats().in_flight):
+        old.get()
+    with pytest.raises(EndOfStream):  # its end was closed when it was left
+        old.get()
+
+
+async def test_a_pipe_that_drains_takes_nothing_more_whoever_said_so(runner: Runner) -> None:
+    ends = Ends("p", runner)
+    assert await ends.emit(1, None, 0, None)
+    runner.state = "draining"
+    runner.changed()
+    with pytest.raises(IllegalTransition, match="it is draining"):
+        await ends.emit(2, None, 0, None)

@@ -1,6 +1,6 @@
 """The command `upipe`: look at the queues of this user from outside, and clear away what dead processes left.
 
-What a cluster needs stands beside it: token.py, doctor.py.
+What a cluster needs stands beside it: token.py, doctor.py, submit.py (scripts as jobs), cluster.py (nodes and pipes).
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import click
 
 from upipe import __version__
 from upipe.cli import render
+from upipe.cli.cluster import nodes, pipe, pipes
 from upipe.cli.doctor import doctor
+from upipe.cli.submit import jobs, logs, stop, submit
 from upipe.cli.token import token
 from upipe.errors import UpipeError
 from upipe.memq import segment
@@ -156,5 +158,5 @@ def version() -> None:
     click.echo(f"uPipe {__version__} (layout {LAYOUT_VERSION}), Python {platform.python_version()}")
 
 
-main.add_command(token)
-main.add_command(doctor)
+for _command in (token, doctor, submit, jobs, logs, stop, nodes, pipes, pipe):
+    main.add_command(_command)

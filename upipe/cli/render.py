@@ -226,6 +226,25 @@ def findings(found: Iterable[tuple[str, str, str, str, str]]) -> Group:
     return Group(made, "", Text(told or "everything is well", style=_LEVELS[worst]))
 
 
+# ---------------------------------------------------------------------------------------------------- lists
+
+
+def listing(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], nothing: str) -> Picture:
+    """Plain rows under their columns; where 80 columns are not enough the first and the last one are folded. `nothing`
+    when there are none."""
+    found = list(rows)
+    made = Table(
+        expand=False, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", show_edge=False
+    )
+    for number, name in enumerate(columns):
+        longest = max((len(row[number]) for row in found), default=0)
+        folds = number in (0, len(columns) - 1)
+        made.add_column(name, overflow="fold", no_wrap=not folds, min_width=min(longest, 20) if folds else None)
+    for row in found:
+        made.add_row(*map(Text, row))
+    return made if found else Text(nothing)
+
+
 # ---------------------------------------------------------------------------------------------------- progress
 
 

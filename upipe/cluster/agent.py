@@ -26,11 +26,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from upipe.cluster import member_events as events
+from upipe.cluster import token
 from upipe.cluster.address import Address
 from upipe.cluster.audit import Audit
 from upipe.cluster.errands import Errands
 from upipe.cluster.guard import Policy
-from upipe.cluster.handlers import Handlers, JobHandlers, LinesHandle, NoJobs
+from upipe.cluster.handlers import Handlers, LinesHandle
+from upipe.cluster.jobs import Jobs
 from upipe.cluster.ledger import Ledger
 from upipe.cluster.link import Link
 from upipe.cluster.messages import Resources
@@ -142,7 +144,7 @@ class Agent:
         self._open.append(_later(self.lines.close))  # first: the server waits for connections that are mirrors
         bound = server.listen_tcp(options.host, options.port, self.credentials)
         server.listen_unix(self._data.path / "node.sock")
-        port = bound[0][1]
+        self._bound, port = bound, bound[0][1]
         self.neighbours.machine.info = self.settled.info(self.identity, port, self._found)
         await self.parts.start()
         self.pipes.start()
@@ -188,15 +190,28 @@ class Agent:
             lambda: [one for part in self.parts.all.values() for one in part.mirrors()],
         )  # fmt: skip
         jobs = self._jobs()
+        jobs.load()
         self._open.append(jobs.close)
         return Handlers(
             self.neighbours, self.pipes, self.parts, self.store, self.lines, jobs, self.credentials.derived, self.drain,
             self.metrics.text,
         )  # fmt: skip
 
-    def _jobs(self) -> JobHandlers:
-        """The seam for jobs: they need nothing but this agent's facts (identity, settled, store, parts)."""
-        return NoJobs()
+    def _jobs(self) -> Jobs:
+        async def content(sha256: str) -> bytes | None:
+            if not self.store.has(sha256):
+                return None
+            return await asyncio.to_thread(lambda: b"".join(self.store.read(sha256)))
+
+        token_file = self.settled.options.token_file or token.place()
+        return Jobs(self._data.path / "jobs", self.identity.node_id, self._near, token_file.absolute(), content)
+
+    def _near(self) -> str:
+        """Where processes of this host find us."""
+        hosts = [host for host, _ in self._bound]
+        anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+        host = next((one for one in hosts if one.startswith("127.") or one in anywhere), hosts[0])
+        return str(Address(anywhere.get(host, host), self._bound[0][1]))
 
     async def _stop_server(self) -> None:
         await self._server.stop(1.0)

@@ -80,8 +80,8 @@ def _zipped(paths: Iterable[Path], named: Callable[[Path], object], where: str, 
                 size, count = size + path.stat().st_size, count + 1
                 if size > most or count > MOST_FILES:
                     raise ArchiveRefused(
-                        f"{where} is too large to be shipped: more than {most // MIB} MiB or {MOST_FILES:,} files; keep "
-                        "data elsewhere, or start from a directory that holds only the code"
+                        f"{where} is too large to be shipped: more than {most // MIB} MiB or {MOST_FILES:,} files; "
+                        "keep data elsewhere, or start from a directory that holds only the code"
                     )
                 info = zipfile.ZipInfo(name, _DATE)
                 info.external_attr = (stat.S_IFREG | (0o755 if path.stat().st_mode & _EXECUTABLE else 0o644)) << 16

@@ -111,7 +111,7 @@ def main(directory: Path) -> int:
         write_whole(directory / "status", "127\n")
         return 127
     for number, sent in signals.items():
-        signal.signal(number, lambda *_, sent=sent: _kill_group(script.pid, sent))  # type: ignore[misc]
+        signal.signal(number, lambda *_, sent=sent: _kill_group(script.pid, sent))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     os.close(write)
     status = _follow(script, read, output)

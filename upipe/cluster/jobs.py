@@ -92,13 +92,13 @@ class Jobs:
     Args:
         directory: DATA_DIR/jobs.
         node: id of this node.
-        address: HOST:PORT of this agent, for processes of this host.
+        address: HOST:PORT of this agent, for processes of this host, once it listens.
         token_file: of the cluster's token.
         content: bytes of a content that this node holds; None when it does not.
     """
 
     def __init__(
-        self, directory: Path, node: str, address: str, token_file: Path,
+        self, directory: Path, node: str, address: Callable[[], str], token_file: Path,
         content: Callable[[str], Awaitable[bytes | None]],
     ) -> None:  # fmt: skip
         self.all: dict[str, Job] = {}
@@ -123,7 +123,7 @@ class Jobs:
             job = self.all[path.name] = Job(path.name, path, saved.name, saved.request)
             self._watch(job, _living(path))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Watch no more; jobs go on. Idempotent."""
         for job in self.all.values():
             self._unwatch(job)
@@ -182,10 +182,7 @@ class Jobs:
                 raise refuse(400, "no_script", f"The working directory holds no script {request.arguments[0]}.")
             saved = Saved(request.name, request.arguments, self._environment(request), request)
             write_whole(directory / "job.json", json.dumps(msgspec.to_builtins(saved)))
-            process = subprocess.Popen(
-                [sys.executable, "-P", str(_PROCESS), str(directory)], stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
-            )  # fmt: skip
+            process = _beside(directory)
         except ArchiveRefused as error:
             shutil.rmtree(directory, ignore_errors=True)
             raise refuse(400, "bad_archive", str(error)) from None
@@ -197,7 +194,7 @@ class Jobs:
         return self.info(name)
 
     def _environment(self, request: wire.JobRequest) -> dict[str, str]:
-        own = {CLUSTER_VARIABLE: self._address, token.VARIABLE: str(self._token_file)}
+        own = {CLUSTER_VARIABLE: self._address(), token.VARIABLE: str(self._token_file)}
         return {**os.environ, "PYTHONUNBUFFERED": "1", **request.environment, **own}
 
     async def stop(self, job: str, deadline: float) -> wire.JobInfo:
@@ -225,7 +222,7 @@ class Jobs:
         """Until the process beside the script takes signals: it has written its pid."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(KILLED):
-                while not job.ended.is_set() and not (job.directory / "pid").exists():
+                while not job.ended.is_set() and not (job.directory / "pid").exists():  # noqa: ASYNC110 - a file
                     await asyncio.sleep(GLANCE / 10)
 
     # ------------------------------------------------------------------ telling
@@ -233,7 +230,8 @@ class Jobs:
     def _job(self, job: str) -> Job:
         found = self.all.get(job)
         if found is None:
-            raise refuse(404, "no_such_job", f"This node knows no job {job}; it keeps the last {MOST_ENDED} that ended.")
+            said = f"This node knows no job {job}; of those that ended it keeps the last {MOST_ENDED}."
+            raise refuse(404, "no_such_job", said)
         return found
 
     def info(self, job: str) -> wire.JobInfo:
@@ -291,6 +289,14 @@ class Jobs:
         return {"jobs": jobs, "run_job": run_job, "job": job, "logs": logs, "stop_job": stop_job}
 
 
+def _beside(directory: Path) -> subprocess.Popen[bytes]:
+    """Start the process beside a script."""
+    return subprocess.Popen(
+        [sys.executable, "-P", str(_PROCESS), str(directory)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
+    )  # fmt: skip
+
+
 def _living(directory: Path) -> int:
     """pidfd of the process beside the script, -1 when it has ended."""
     try:
@@ -309,7 +315,8 @@ def _living(directory: Path) -> int:
 
 async def _pieces(directory: Path, position: int) -> AsyncIterator[tuple[int, bytes]]:
     """(position behind it, bytes) of the output from a position on, as far as it is there now."""
-    segments = sorted((int(path.name.partition(".")[2]), path) for path in directory.glob("output.*"))
+    names = sorted(name for name in os.listdir(directory) if name.startswith("output."))
+    segments = [(int(name.partition(".")[2]), directory / name) for name in names]
     for number, (begin, path) in enumerate(segments):
         if number + 1 < len(segments) and segments[number + 1][0] <= position:
             continue

@@ -88,6 +88,9 @@ class Means(Protocol):
     def report(self, coordinator: str, pipe: str, report: NodeReport) -> Awaitable[None]:
         """Tell a coordinator. ClusterError: it was not heard."""
 
+    async def keep_letters(self, pipe: str, letters: list[DeadLetter]) -> None:
+        """Of a pipe that ends here, for who asks later."""
+
     def orphaned(self, pipe: str) -> bool:
         """Whether nobody here keeps the record of the pipe either."""
 
@@ -220,6 +223,7 @@ class Part:
         if self._gone or self._keeper is None:
             self._obeyed(orders.fence)
         else:
+            await self._means.keep_letters(self.pipe, await self._keeper.letters())  # they go with the keeper
             self._keeper.follow(orders.fence, None)
 
     def _release(self) -> None:

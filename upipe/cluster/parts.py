@@ -2,6 +2,7 @@
 
     DATA_DIR/parts/<pipe>        the orders that are followed; found again after a restart
     DATA_DIR/pipes/<pipe>/       the keeper's (keepers.py)
+    DATA_DIR/letters/<pipe>      dead letters of pipes that have ended here (last_letters.py)
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from upipe.cluster import wire
 from upipe.cluster.dealings import NodeReport
 from upipe.cluster.errands import Errands
 from upipe.cluster.fitting import differences, misfit
+from upipe.cluster.last_letters import LastLetters
 from upipe.cluster.part import FerryHandle, KeeperHandle, Part, Unfit
 from upipe.cluster.peers import Peers
 from upipe.cluster.routes import CODE, REPORT
 from upipe.cluster.server import refuse
 from upipe.cluster.store import ArchiveRefused, Store
 from upipe.errors import ClusterError, NodeUnreachable
+from upipe.runtime.spool import DeadLetter
 
 if TYPE_CHECKING:
     from upipe.cluster.keeping import Job, KeeperNews
@@ -69,6 +72,7 @@ class Parts:
         self._make_keeper = make_keeper
         self._make_ferry = make_ferry
         self._errands = Errands()
+        self._last = LastLetters(directory / "letters")
         for name in ("parts", "pipes"):
             (directory / name).mkdir(mode=0o700, exist_ok=True)
         for path in (directory / "parts").glob(".*.new"):
@@ -152,6 +156,19 @@ class Parts:
     def ferry(self, pipe: str, changed: Callable[[], None]) -> FerryHandle:
         """See part.Means."""
         return self._make_ferry(pipe, changed)
+
+    async def keep_letters(self, pipe: str, letters: list[DeadLetter]) -> None:
+        """See part.Means."""
+        try:
+            await asyncio.to_thread(self._last.keep, pipe, letters)
+        except OSError as error:
+            log.error("the dead letters of pipe %s cannot be kept: %s", pipe, error)
+
+    async def letters(self, pipe: str) -> bytes:
+        """The dead letters of a pipe here, or as they were when it ended here: msgpack list of DeadLetter."""
+        part = self.all.get(pipe)
+        found = await part.letters() if part is not None else []
+        return msgspec.msgpack.encode(found) if found else await asyncio.to_thread(self._last.of, pipe)
 
     def orphaned(self, pipe: str) -> bool:
         """See part.Means."""

@@ -1,8 +1,8 @@
 """Finding an agent of this user's cluster, from a process that is none.
 
     "HOST:PORT"    that one
-    "auto"         $UPIPE_CLUSTER, where it is set (in a submitted script it names the agent that runs it); else the agent
-                   of this host, by its Unix socket, then at 127.0.0.1; else whoever answers multicast DNS
+    "auto"         $UPIPE_CLUSTER, where it is set (in a submitted script it names the agent that runs it); else the
+                   agent of this host, by its Unix socket, then at 127.0.0.1; else whoever answers multicast DNS
 
 Each candidate must prove itself in the TLS handshake (or lie in a directory of this user's) before the token is sent to
 it. An advertisement proves nothing: those with this cluster's fingerprint are only asked first.
@@ -100,7 +100,11 @@ async def _candidates(
         address = parse(named)
         yield named if where != "auto" else f"${CLUSTER_VARIABLE}={named}", Target(address.host, address.port)
         return
-    yield "the agent of this host", Target(unix=default_data_dir() / SOCKET)
+    own = default_data_dir() / SOCKET
+    if own.exists():
+        yield "the agent of this host", Target(unix=own)
+    else:
+        tried.append(f"the agent of this host: there is no {own}")
     yield "this host", Target("127.0.0.1", DEFAULT_PORT)
     found = await browse()
     for hint in sorted(found, key=lambda one: one.fingerprint != secret.fingerprint):

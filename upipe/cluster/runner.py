@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from upipe.cluster import books, wire
+from upipe.cluster.address import Address, parse
 from upipe.cluster.attending import Attending, Follow, GiveUp, Poll
 from upipe.cluster.dealings import NodeReport, TellClient
 from upipe.cluster.ferry import Ferry
@@ -79,7 +80,9 @@ class ClusterRunner:
         self._told = TellClient("starting")
         self._state = "starting"
         self._reasons: tuple[str, ...] = ()
-        self._addresses: dict[str, tuple[Any, ...]] = {}
+        self._addresses: dict[str, tuple[Address, ...]] = {}
+        self._found: dict[str, tuple[Address, ...]] = {}
+        """Where the user found the first node: that works from here, whatever it calls itself."""
         self._dead: dict[tuple[str, int, str], DeadLetter] = {}
         self._letters_seen = 0
         self._began, self._seconds = time.monotonic(), 0.0
@@ -114,6 +117,7 @@ class ClusterRunner:
     def _join(self, reached: Reached, info: wire.PipeInfo) -> None:
         me = reached.credentials.identity.id
         self._addresses = dict(reached.addresses)
+        self._found = {reached.node: reached.addresses[reached.node][:1]}
         self._peers = Peers(me, reached.secret, reached.credentials, lambda node: self._addresses.get(node, ()))
         self._lines = Lines(me, self._peers.line)
         self._ferry = Ferry(me, self.id, self._lines, self._news.set)
@@ -205,12 +209,7 @@ class ClusterRunner:
             self._task(self._fetch_letters(), "letters")
 
     def _learn(self, node: str, places: tuple[str, ...]) -> None:
-        from upipe.cluster.address import parse
-
-        known = self._addresses.get(node, ())
-        told = tuple(parse(place) for place in places)
-        first = known[:1] if known[:1] and known[0] not in told else ()  # where the user found it
-        self._addresses[node] = (*first, *told)
+        self._addresses[node] = tuple(dict.fromkeys((*self._found.get(node, ()), *map(parse, places))))
 
     def _follow(self, orders: wire.Orders) -> None:
         plan = orders.plan
@@ -223,14 +222,14 @@ class ClusterRunner:
             self._end("failed", (f"the submitting process cannot go on: {error}",))
             return
         self._plan = self._own.inputs
-        if plan.draining and self._state == "running":
-            self._state = "draining"
         self._changed()
         self._own.leave()
         self.results.rewire(self._own.of(RESULTS))
         self._replies.rewire(self._own.of(REPLIES))
         self._ferry.follow(plan, self._own.labels)
         self._news.set()
+        if plan.draining:
+            self._drains()
 
     def _tell(self, told: TellClient) -> None:
         self._told = told
@@ -241,13 +240,23 @@ class ClusterRunner:
             self._state = "running"
             if self.up is not None and not self.up.done():
                 self.up.set_result(None)
-        if told.state == "draining" and self._state == "running":
+        if told.state == "draining":
+            self._drains()
+
+    def _drains(self) -> None:
+        """Whoever told it to: nothing more is taken in."""
+        if self._state in PIPE_ENDED or (self._state == "draining" and self._own.input_closed):
+            return
+        if self._state == "running":
             self._state = "draining"
-            self._changed()
+        self._changed()  # emits under way end first
+        self.close_input()
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Call it whenever `plan` is another one, or the pipe drains."""
         self._changed = changed
+        if self._state == "draining":
+            changed()
 
     # ------------------------------------------------------------------ ending
 
@@ -278,7 +287,7 @@ class ClusterRunner:
     async def _wind_up(self) -> None:
         try:
             self._let_go()
-            if sum(crew.letters for crew in self._told.crews.values()) > len(self._dead):
+            if self.report().dead_letters > len(self._dead):
                 await self._fetch_letters()
             for task in self._tasks:
                 task.cancel()
@@ -292,7 +301,7 @@ class ClusterRunner:
             self.ended.set_result(None)
 
     async def stop(self) -> None:
-        """End it now. From another loop, once the pipe's own has ended: the cluster ends it when it misses our polls."""
+        """End it now. From another loop, once the pipe's own has ended: the cluster ends it when our polls cease."""
         if self.ended is None:
             return
         if self.loop.is_closed():
@@ -308,8 +317,7 @@ class ClusterRunner:
         """Take no more in, finish the rest; False (and stopped) when that took longer than timeout seconds."""
         assert self.ended is not None
         if self._state not in PIPE_ENDED:
-            self._state = "draining"
-            self.close_input()
+            self._drains()
             await self._ask_for(DRAIN, timeout)
         done, _ = await asyncio.wait([self.ended], timeout=timeout)
         if not done:
@@ -375,6 +383,7 @@ class ClusterRunner:
             except ClusterError:
                 continue  # it has none of the pipe, or is gone, and what lay there with it
             for letter in _letters.decode(data) if data else []:
+                letter = msgspec.structs.replace(letter, allow_pickle=self.spec.settings.allow_pickle is True)
                 self._dead[letter.queue, letter.position, letter.worker] = letter
 
 

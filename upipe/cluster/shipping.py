@@ -5,6 +5,7 @@ what does not travel, but must be there: installed packages, the same Python.
     a module of the submitter's     a file or package outside of site-packages and the standard library: its whole
                                     top-level package goes along as a zip archive, and so does what that imports
     an installed package            its distribution and version are named; a node that lacks it says so at once
+                                    (fitting.py)
 
 Which modules: those whose functions, classes or module objects the pickler meets (it is asked, nothing is guessed from
 names), and those that code imports inside of functions. Of modules that travel the source is read for imports; a
@@ -29,7 +30,7 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-import cloudpickle  # type: ignore[import-untyped]
+import cloudpickle
 
 from upipe.cluster import archive
 from upipe.cluster.record import Shipment
@@ -98,21 +99,6 @@ def load_freight(processors: Sequence[Processor], codes: dict[str, bytes]) -> Fr
         raise DeclarationError(wrong, "what the pipe needs")
     python = ".".join(platform.python_version_tuple()[:2])
     return Freight(Shipment(code, scripts, tuple(modules), packages, python), contents)
-
-
-def unmet(shipment: Shipment) -> list[str]:
-    """Why this Python cannot run what a shipment holds: a sentence for each package that is missing, and for another
-    Python. For nodes, before they start anything."""
-    wrong = []
-    here = ".".join(platform.python_version_tuple()[:2])
-    if shipment.python and shipment.python != here:
-        wrong.append(f"it runs Python {here}, and the pipe comes from Python {shipment.python}: start its node with that")
-    for name, version in sorted(shipment.packages.items()):
-        try:
-            metadata.version(name)
-        except metadata.PackageNotFoundError:
-            wrong.append(f"package {name} is not installed there: pip install {name}=={version}")
-    return wrong
 
 
 # ---------------------------------------------------------------------------------------------------- what is used

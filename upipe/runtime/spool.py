@@ -42,16 +42,18 @@ class DeadLetter(msgspec.Struct, frozen=True):
     """Remote traceback as text, "" when the worker died."""
     raw: bytes
     """Header and payload as they stood in the ring."""
+    allow_pickle: bool = True
+    """Whether it may be unpickled here. As its reader says, whatever was written: see cluster/runner.py."""
 
     @property
     def frame(self) -> DataFrame:
         """The frame, checked. FrameError when its bytes do not match its CRC."""
-        return DataFrame.unpack(self.raw, lazy=True)
+        return DataFrame.unpack(self.raw, lazy=True, allow_pickle=self.allow_pickle)
 
     @property
     def value(self) -> Any:
         """The decoded value. FrameError when it cannot be decoded here."""
-        return DataFrame.unpack(self.raw).value
+        return DataFrame.unpack(self.raw, allow_pickle=self.allow_pickle).value
 
     def __repr__(self) -> str:
         try:

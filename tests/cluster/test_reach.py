@@ -1,0 +1,108 @@
+"""Finding an agent: which are tried, in which order, and what is said when none answers."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import agent_support as support
+from tests.cluster.secure_support import OTHER
+from upipe.cluster import node_id, reach, token
+from upipe.cluster.address import Address
+from upipe.cluster.client import Client
+from upipe.cluster.member_events import Hint
+from upipe.cluster.reach import VARIABLE
+from upipe.errors import NoAgent, OptionInvalid, TokenError
+
+pytestmark = pytest.mark.timeout(60)
+NOWHERE = Hint((Address("127.0.0.1", 2),), "zeroconf", "ff" * 8)
+
+
+async def nobody() -> list[Hint]:
+    return []
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host without agents, with the token of the tests."""
+    monkeypatch.setenv(token.VARIABLE, str(support.token_file(tmp_path)))
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(reach, "default_data_dir", lambda: tmp_path / "nothing")
+    monkeypatch.setattr(reach, "DEFAULT_PORT", 1)
+
+
+async def test_the_one_that_is_named_or_stands_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with support.running(tmp_path, "one", "two") as [one, two]:
+        found = await reach.reach(one.seed)
+        assert found.node == one.id and found.credentials.identity.kind == "client"
+        assert set(found.addresses) == {one.id, two.id} and str(found.addresses[two.id][0]) == two.seed
+        monkeypatch.setenv(VARIABLE, two.seed)
+        assert (await reach.reach("auto", browse=nobody)).node == two.id
+        assert (await reach.reach(one.seed)).node == one.id  # what is named goes before
+        with pytest.raises(NoAgent, match="is of the cluster 'upipe', and 'other' was asked for"):
+            await reach.reach(one.seed, cluster="other")
+
+
+async def test_the_agent_of_this_host_is_found_by_its_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with support.running(tmp_path, "one") as [one]:
+        monkeypatch.setattr(reach, "default_data_dir", lambda: tmp_path / "one")
+        found = await reach.reach("auto", browse=nobody)
+        assert found.node == one.id and found.target.unix == tmp_path / "one" / "node.sock"
+        assert str(found.addresses[one.id][0]) == one.seed  # mirrors need TCP
+
+
+async def test_of_those_that_are_advertised_our_clusters_are_asked_first(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    async def browse() -> list[Hint]:
+        asked.append("browsed")
+        ours = Hint((Address("127.0.0.1", one.port),), "zeroconf", one.id, fingerprint=support.SECRET.fingerprint)
+        return [NOWHERE, ours]
+
+    async with support.running(tmp_path, "one") as [one]:
+        found = await reach.reach("auto", browse=browse)
+        assert found.node == one.id and asked == ["browsed"]
+
+
+async def test_nobody_is_one_sentence_that_names_what_was_tried() -> None:
+    async def browse() -> list[Hint]:
+        return [NOWHERE]
+
+    with pytest.raises(NoAgent) as caught:
+        await reach.reach("auto", browse=browse)
+    text = str(caught.value)
+    assert "the agent of this host" in text and "127.0.0.1:1" in text and "127.0.0.1:2" in text
+    assert text.endswith("start one with `upipe-node`, or name one: HOST:PORT") and "\n" not in text
+    with pytest.raises(NoAgent, match="multicast DNS: nobody answered within 2 s"):
+        await reach.reach("auto", browse=nobody)
+
+
+async def test_another_cluster_is_told_so(tmp_path: Path) -> None:
+    async with support.running(tmp_path, "one", secret=OTHER) as [one]:
+        with pytest.raises(NoAgent, match=r"same token file.*use the token of that cluster"):
+            await reach.reach(one.seed)
+
+
+async def test_without_a_token_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(token.VARIABLE, str(tmp_path / "none"))
+    monkeypatch.setattr(Client, "call", None)
+    with pytest.raises(TokenError, match="no cluster token at"):
+        await reach.reach("auto", browse=nobody)
+
+
+async def test_no_address_is_said_so() -> None:
+    with pytest.raises(OptionInvalid, match="is no address"):
+        await reach.reach("::not an address::")
+
+
+@pytest.mark.slow
+async def test_browsing_ends_in_time_where_nobody_is() -> None:
+    async with asyncio.timeout(reach.BROWSE + 8):
+        assert all(len(hint.node_id) == 16 for hint in await reach.browsed())
+    assert node_id.default_data_dir().is_absolute()

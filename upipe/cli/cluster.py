@@ -1,0 +1,116 @@
+"""`upipe nodes`, `upipe pipes` and `upipe pipe`: the cluster, as one of its agents knows it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import click
+
+from upipe.cli import render
+from upipe.cli.extra import needs_cluster
+
+if TYPE_CHECKING:
+    from upipe.cluster.wire import Member, PipeInfo
+
+_TO = click.option("--to", default="auto", metavar="HOST:PORT", help="Agent to ask; default as start(cluster='auto').")
+
+
+@click.command()
+@_TO
+@needs_cluster
+def nodes(to: str) -> None:
+    """List the nodes of the cluster, with what they have."""
+    render.terminal().print(asyncio.run(_nodes(to)))
+
+
+@click.command()
+@_TO
+@needs_cluster
+def pipes(to: str) -> None:
+    """List the pipes that the node knows: where their workers are, and what passed through."""
+    render.terminal().print(asyncio.run(_pipes(to)))
+
+
+@click.group()
+def pipe() -> None:
+    """End one pipe of the cluster, by its id (`upipe pipes`)."""
+
+
+@pipe.command("stop")
+@_TO
+@click.argument("id")
+@needs_cluster
+def stop(to: str, id: str) -> None:  # noqa: A002
+    """End pipe ID now; frames that are on their way are lost."""
+    click.echo(asyncio.run(_end(to, id, "stop", 10.0)))
+
+
+@pipe.command("drain")
+@_TO
+@click.option("--deadline", default=30.0, show_default=True, help="Seconds after which it is stopped.")
+@click.argument("id")
+@needs_cluster
+def drain(to: str, deadline: float, id: str) -> None:  # noqa: A002
+    """Let pipe ID take no more in, finish what it has, and end."""
+    click.echo(asyncio.run(_end(to, id, "drain", deadline)))
+
+
+# ---------------------------------------------------------------------------------------------------- doing
+
+
+async def _nodes(to: str) -> render.Picture:
+    from upipe.cluster.reach import reach
+    from upipe.cluster.routes import MEMBERS
+
+    async with (await reach(to)).client() as client:
+        found = await client.call(MEMBERS)
+    columns = ("node", "state", "address", "CPUs", "memory", "GPUs", "load", "labels")
+    return render.listing(columns, [_node(one) for one in found.members], "no nodes")
+
+
+def _node(one: Member) -> tuple[str, ...]:
+    info, has = one.info, one.info.resources
+    state = f"{one.state}, drains" if info.draining else one.state
+    labels = " ".join(f"{name}={value}" for name, value in sorted(info.labels.items()))
+    where = str(info.addresses[0]) if info.addresses else ""
+    gpus = str(len(has.gpus)) if has.gpus else ""
+    return (info.node_id, state, where, f"{has.cpu:g}", render.size(has.memory), gpus, f"{info.load:.1f}", labels)
+
+
+async def _pipes(to: str) -> render.Picture:
+    from upipe.cluster.reach import reach
+    from upipe.cluster.routes import PIPES
+
+    async with (await reach(to)).client() as client:
+        found = await client.call(PIPES)
+    columns = ("pipe", "state", "emitted", "finished", "dead", "dropped", "workers by node")
+    return render.listing(columns, [_pipe(one) for one in found.pipes], "no pipes")
+
+
+def _pipe(one: PipeInfo) -> tuple[str, ...]:
+    books = [book for stream, book in one.told.books.items() if stream != "replies"]
+    sums = (sum(getattr(book, name) for book in books) for name in ("emitted", "finished", "dead", "dropped"))
+    state = f"{one.told.state}: waits, {one.told.waiting}" if one.told.waiting else one.told.state
+    return (one.pipe, state, *map(render.count, sums), "\n".join(_seats(one)))
+
+
+def _seats(one: PipeInfo) -> list[str]:
+    """node: a#0 a#1 b#0, for each node."""
+    found: dict[str, list[str]] = {}
+    for name, row in one.seats.items():
+        for index, node in enumerate(row):
+            if node:
+                found.setdefault(node, []).append(f"{name}#{index}")
+    return [f"{node[:8]}: {' '.join(workers)}" for node, workers in sorted(found.items())]
+
+
+async def _end(to: str, pipe: str, how: str, deadline: float) -> str:
+    from upipe.cluster import wire
+    from upipe.cluster.reach import reach
+    from upipe.cluster.routes import DRAIN, STOP
+
+    async with (await reach(to)).client() as client:
+        info = await client.call(STOP if how == "stop" else DRAIN, wire.Stopping(deadline), pipe=pipe)
+    done = "is told to stop" if how == "stop" else f"drains, for {deadline:g} s at most"
+    return f"{info.pipe} {info.told.state}" if info.closed else f"{info.pipe} {done}"
