@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 AGAIN = 1.0
 """Seconds after which a report that was not heard, or one of queues that go on, is sent again, and after which a failed
 step is tried again."""
+REMIND = 5.0
+"""Seconds after which even a report that was heard is said again: a coordinator may have forgotten it with its life."""
 GATHER = 0.005
 """Seconds in which changes gather for one report: shorter ends streams sooner, and sends more."""
 FAREWELL = 60.0
@@ -129,6 +131,7 @@ class Part:
         """Of the stop that was obeyed."""
         self._heard: tuple[Any, ...] = ()
         """What the coordinator knows."""
+        self._heard_at = 0.0
         self._unknown_since: float | None = None
         self._wake = asyncio.Event()
         self._dirty = asyncio.Event()
@@ -306,7 +309,7 @@ class Part:
         if report is None or not coordinator:
             return
         news = (coordinator, *msgspec.structs.astuple(msgspec.structs.replace(report, number=0)))
-        if news == self._heard:
+        if news == self._heard and self._loop.time() < self._heard_at + REMIND:
             self._settled(report)
             return
         try:
@@ -316,7 +319,7 @@ class Part:
         except ClusterError:
             pass
         else:
-            self._heard, self._unknown_since = news, None
+            self._heard, self._heard_at, self._unknown_since = news, self._loop.time(), None
             self._settled(report)
 
     def _settled(self, report: NodeReport) -> None:
