@@ -46,6 +46,9 @@ GATHER = 0.005
 FAREWELL = 60.0
 """Seconds for which it is said that nothing is left, to a coordinator that does not answer. Who asks later is told
 without a part (parts.py)."""
+FORGOTTEN = 30.0
+"""Seconds for which a coordinator says that it knows no such pipe, and nobody here keeps its record, until the part ends
+by itself."""
 TRIES = 3
 """Of starting a keeper, before the pipe fails with the reason."""
 log = logging.getLogger("upipe.cluster")
@@ -336,7 +339,7 @@ class Part:
             return
         now = self._loop.time()
         self._unknown_since = now if self._unknown_since is None else self._unknown_since
-        if now - self._unknown_since > 30.0 and self._means.orphaned(self.pipe):
+        if now - self._unknown_since > FORGOTTEN and self._means.orphaned(self.pipe):
             epoch, revision = self.orders.fence
             self.order(wire.Orders((epoch, revision + 1), None, coordinator=self.orders.coordinator))
 
