@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,16 @@ import pytest
 
 from tests.cluster.keeper_support import HERE, SMALL, Held, chain, drained, gone, one
 from tests.cluster.test_lanes import seats
+from tests.system.support import stat
 from upipe.cluster import keeper, keepers, keeping
-from upipe.cluster.keeping import Job
-from upipe.cluster.lanes import lay_out, relay
+from upipe.cluster.keeping import Follow, Job
+from upipe.cluster.lanes import Lane, Layout, lay_out, prune, relay
 from upipe.errors import KeeperFailed
 from upipe.graph.plan import REPLIES, RESULTS
 from upipe.memq import MemQ, segment
 from upipe.settings import AutoscalePolicy
 
+pytestmark = [pytest.mark.slow, pytest.mark.system]
 MakeHeld = Callable[..., Held]
 COUNT = 200
 
@@ -69,8 +74,13 @@ async def test_a_pipe_on_one_node_from_its_start_to_its_end(held: MakeHeld) -> N
     await here.follow(ends=frozenset([*ends, RESULTS, REPLIES]))
     assert sorted(await drained(results)) == [4 * number for number in range(COUNT)]
     assert here.news.left == () and here.news.failed == "" and here.news.crews["b"].cpu_seconds > 0
+    kept = msgspec.json.decode((here.directory / "plan").read_bytes(), type=Follow)  # for tools
+    assert (kept.fence, kept.plan) == (here.news.fence, here.plan)
+    pid = here.keeper.pid
     await here.stop()
+    await until(lambda: segment.process_state(pid) is None)  # reaped
     assert here.lost == [] and here.keeper.last_word() == here.news
+    assert not (segment.root() / here.news.session).exists()
     assert not await here.agent().find()
     assert HERE in here.layout.nodes()
 
@@ -492,11 +502,21 @@ def lazily():  # type: ignore[no-untyped-def]
         yield number
 
 
-async def test_autoscaling_uses_the_room_of_its_plan(held: MakeHeld) -> None:
+async def test_autoscaling_uses_the_room_of_its_plan(held: MakeHeld, tmp_path: Path) -> None:
     policy = AutoscalePolicy(up_age=0.05, interval=0.05, down_idle=0.3)
     settings = msgspec.structs.replace(SMALL, autoscale=policy)
     spec = chain(one("a", "source"), one("b", autoscale=3), settings=settings)
     here = held(spec, lay_out(spec, seats(a="1", b="211"), "c"), a=lazily, b=double)  # b#0 is elsewhere
+    alone = held(spec, lay_out(spec, seats(a="2", b="211"), "c"), b=double)
+    alone.directory = tmp_path / "alone"
+    alone.keeper = alone.agent()
+    await alone.start()
+    await alone.follow()
+    assert alone.news.workers == () and alone.news.up
+    (lane,) = [lane.name for lane in alone.layout.of("e0-a-b") if lane.reader == HERE]
+    publish(alone.queue(lane), 1, [7])
+    await alone.until(lambda news: any(worker.pid for worker in news.workers), "one runs for the first frame")
+    await alone.stop()
     await here.start()
     await here.follow()
     assert not any(worker.name.startswith("b") for worker in here.news.workers)
@@ -507,3 +527,182 @@ async def test_autoscaling_uses_the_room_of_its_plan(held: MakeHeld) -> None:
     await here.until(lambda news: news.ended == (("a", 0), ("b", 1), ("b", 2)), "b ended, the unused room too")
     await here.stop()
 
+
+
+async def test_descriptors_that_are_short(held: MakeHeld) -> None:
+    here = held(chain(one("a", "source"), one("b", workers=40)), a=endless, b=slow)
+    await here.start()
+    fds = len(os.listdir(f"/proc/{here.keeper.pid}/fd"))
+    resource.prlimit(here.keeper.pid, resource.RLIMIT_NOFILE, (fds + 6, fds + 6))
+    await here.follow()
+    await here.until(lambda news: "file descriptors in use" in news.failed, "failed")
+    await here.stop()
+    assert here.lost == []
+
+
+async def test_a_fork_server_that_dies_is_replaced_and_loses_nothing(held: MakeHeld) -> None:
+    settings = msgspec.structs.replace(SMALL, start_method="exec")
+    here = held(chain(one("a", "source", resume=True), one("b"), settings=settings), a=lazily, b=slow)
+    results = await running(here)
+    found = await take(results, 5)
+    before = here.worker("b#0")
+    told = stat(before)
+    assert told is not None
+    os.kill(told[1], signal.SIGKILL)  # its parent
+    await here.until(lambda news: here.worker("b#0") not in (0, before), "b runs again")
+    while set(found) != set(range(COUNT)):
+        found += await take(results, 1)
+    assert len(found) <= COUNT + 1
+    await here.stop()
+
+
+async def test_a_directory_with_a_long_path(held: MakeHeld) -> None:
+    here = held(chain(one("a", "source"), one("b")), a=endless, b=slow)
+    here.directory = here.directory / ("x" * 100) / ("y" * 100)
+    here.keeper = here.agent()
+    await here.start()
+    assert await here.agent().find() is True
+    await here.stop()
+
+
+async def test_a_stranger_is_not_heard_and_nonsense_ends_a_connection(held: MakeHeld) -> None:
+    here = held(chain(one("a", "source"), one("b")), a=endless, b=slow)
+    await running(here)
+    reader, writer = await asyncio.open_unix_connection(str(here.directory / "keeper.sock"))
+    writer.write(b"GET / HTTP/1.1\r\n\r\n")
+    async with asyncio.timeout(5):
+        await reader.read()
+        assert await reader.read() == b""
+    writer.close()
+    await until(lambda: "the connection of process" in here.output() or "ended: a message of" in here.output())
+    assert (here.directory / "keeper.sock").stat().st_mode & 0o777 == 0o600
+    assert here.directory.stat().st_mode & 0o777 == 0o700
+    await here.stop()
+
+
+async def test_a_queue_is_kept_until_a_worker_that_was_told_of_it_has_attached_it(held: MakeHeld) -> None:
+    spec = chain(one("a"), one("b"))
+    first = lay_out(spec, seats(a="2", b="1"), "c")
+    here = held(spec, first, a=double, b=tell_who)
+    await here.start()
+    first_plan = here.made()
+    here.layout = relay(spec, relay(spec, first, seats(a="3", b="1")), seats(a="3", b="1"), ["2"])
+    second_plan = here.made()
+    here.keeper.follow(first_plan.fence, first_plan)  # b#0 is forked, and told of the queue from node 2
+    here.layout = prune_all(here.layout)
+    third_plan = here.made()
+    here.keeper.follow(second_plan.fence, second_plan)
+    here.keeper.follow(third_plan.fence, third_plan)  # which is gone before it can have attached
+    here.plan = third_plan
+    await here.until(lambda news: news.fence == third_plan.fence and news.up, "up")
+    assert here.news.failed == "" and here.news.crews["b"].restarts == 0
+    (open_lane,) = [lane.name for lane in here.layout.lanes if lane.stream == "e0-a-b"]
+    assert open_lane in here.news.labels
+    session = segment.root() / here.news.session
+    kept = here.news.labels[open_lane].rpartition("/")[2]
+    await until(lambda: [path.name for path in session.glob("p1.e0*")] == [kept])
+    results = here.queue(here.named(RESULTS))
+    results.set_policy(0)
+    publish(here.queue(open_lane), 9, [1, 2])
+    assert len(await take(results, 2)) == 2
+    await here.stop()
+
+
+def prune_all(layout: Layout) -> Layout:
+    return prune(layout, [lane.name for lane in layout.lanes])
+
+
+async def test_a_source_resumes_behind_what_it_emitted_into_queues_that_are_gone(held: MakeHeld) -> None:
+    spec = chain(one("a", "source", resume=True), one("b"))
+    first = lay_out(spec, seats(a="1", b="2"), "c")
+    here = held(spec, first, a=lazily)
+    await here.start()
+    await here.follow()
+    await here.up()
+    (old,) = [lane.name for lane in first.lanes if lane.stream == "e0-a-b"]
+    ring = here.queue(old)
+    found = await take(ring, 5)
+    ring.finish()
+    here.layout = relay(spec, first, seats(a="1", b="3"))  # b moves; its lane is read there now, as the same queue
+    away = msgspec.structs.replace(
+        here.layout,
+        lanes=tuple(
+            msgspec.structs.replace(lane, name="e0-a-b-r9") if lane.name == old else lane
+            for lane in here.layout.lanes
+        ),
+    )
+    here.layout = msgspec.structs.replace(away, lanes=(*away.lanes, closed(here.layout, old)))
+    await here.follow()  # a writes r9 now, the old one drains
+    fresh = here.queue("e0-a-b-r9")
+    found += await take(fresh, 5)
+    found += await drained_now(ring)
+    await here.kill("a#0")  # counts both
+    found += await take(fresh, 5)
+    here.layout = away
+    await here.follow()  # the old one is gone
+    assert old not in here.news.labels
+    await here.kill("a#0")
+    while len(found) < COUNT:
+        found += await take(fresh, 1)
+    assert found.sort() is None and found == list(range(COUNT))
+    await here.until(lambda news: news.ended == (("a", 0),), "a ended")
+    assert fresh.qsize() == 0
+    await here.stop()
+
+
+def closed(layout: Layout, name: str) -> Lane:
+    return next(msgspec.structs.replace(lane, open=False) for lane in layout.lanes if lane.name == name)
+
+
+async def drained_now(ring: MemQ) -> list[int]:
+    found = []
+    while (value := ring.get_or(None)) is not None:
+        found.append(value)
+    ring.finish()
+    return found
+
+
+@pytest.mark.chaos
+async def test_nothing_is_lost_while_workers_come_go_and_die(held: MakeHeld) -> None:
+    dice = random.Random(4)
+    spec = chain(one("a", "source", resume=True), one("b", workers=3))
+    here = held(spec, lay_out(spec, seats(a="1", b="1--"), ""), a=lazily, b=slow)
+    results = await running(here)
+    found: list[int] = []
+
+    async def read() -> None:
+        async for value in results:
+            found.append(value)
+
+    reading = asyncio.create_task(read())
+    killed = 0
+    until_then = time.monotonic() + 30
+    while ("a", 0) not in here.news.ended:
+        assert time.monotonic() < until_then, here.news
+        what = dice.randrange(4)
+        restarts = here.news.crews["a"].restarts
+        if what == 0 and restarts > 2:
+            what = 3  # each life begins at zero, and is to come further than the one before
+        if what < 2:
+            names = [one.name for one in here.news.workers if one.pid and (one.name == "a#0") == (what == 0)]
+            killed += what
+            with suppress(ProcessLookupError, IndexError):  # it ended this instant, or none runs
+                os.kill(here.worker(dice.choice(names)), signal.SIGKILL)
+        elif what == 2:
+            row = "1" + "".join(dice.choice("1-") for _ in range(2))
+            killed += 2  # at most: those that are taken away are killed
+            here.layout = relay(spec, here.layout, seats(a="1", b=row))
+            await here.follow()
+        else:
+            await here.follow(leaving=tuple(name for name in ("b#1", "b#2") if dice.random() < 0.5))
+        await asyncio.sleep(dice.random() * 0.05)
+    here.layout = relay(spec, here.layout, seats(a="1", b="111"))
+    await here.follow()
+    await here.follow(ends=frozenset({"e0-a-b"}))
+    await here.until(lambda news: {("b", 0), ("b", 1), ("b", 2)} <= set(news.ended), "b ended")
+    await here.follow(ends=frozenset({"e0-a-b", RESULTS, REPLIES}))
+    async with asyncio.timeout(10):
+        await reading
+    assert set(found) == set(range(COUNT)) and len(found) <= COUNT + killed
+    assert here.news.failed == "" and here.lost == []
+    await here.stop()

@@ -15,7 +15,7 @@ import pytest
 from tests.system import jobs
 from tests.system.support import Script, auntil, kill, worker_pids
 from upipe import Pipe, PipeFailed, Processor, Settings
-from upipe.runtime import local
+from upipe.runtime import hearing
 from upipe.runtime.local import LocalRunner
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -203,7 +203,7 @@ async def test_what_a_callback_raises_fails_the_pipe(monkeypatch: pytest.MonkeyP
     pipe = Pipe("broken", settings=FORK)
     pipe.add(Processor("stuck", jobs.stuck))
     await pipe.start()
-    monkeypatch.setattr(local.messages, "decode_from_worker", lambda data: 1 / 0)
+    monkeypatch.setattr(hearing.messages, "decode_from_worker", lambda data: 1 / 0)
     runner = runner_of(pipe)
     kill(runner, "stuck#0")  # it is restarted, and what it says then cannot be read
     with pytest.raises(PipeFailed, match=r"a bug of it[\s\S]*ZeroDivisionError"):

@@ -23,9 +23,16 @@ class NodeQueues:
         spec: of the pipe.
         queues: filled and emptied here, by name.
         needed: whether a worker is about to attach a queue of this name in the session.
+        dropped: told before a queue goes.
     """
 
-    def __init__(self, spec: PipeSpec, queues: dict[str, MemQ], needed: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        spec: PipeSpec,
+        queues: dict[str, MemQ],
+        needed: Callable[[str], bool],
+        dropped: Callable[[str, MemQ], None],
+    ) -> None:
         self.spec = spec
         self.queues = queues
         self.labels: dict[str, str] = {}
@@ -33,6 +40,7 @@ class NodeQueues:
         self.dropping: list[MemQ] = []
         """Not in the plan any more, and still needed."""
         self._needed = needed
+        self._dropped = dropped
 
     def label(self, name: str) -> str:
         """Name in the session of a queue."""
@@ -74,6 +82,7 @@ class NodeQueues:
         """Remove it, as soon as nobody is about to attach it. Dropped before: nothing to do."""
         ring = self.queues.pop(name, None)
         if ring is not None:
+            self._dropped(name, ring)
             del self.labels[name]
             self.dropping.append(ring)
         self.drop_unneeded()

@@ -18,6 +18,7 @@ import msgspec
 from upipe.cluster.keeper_output import Output
 from upipe.cluster.keeper_queues import NodeQueues, epochs, renewed
 from upipe.cluster.keeper_supervisor import NodeSupervisor, worker_name
+from upipe.cluster.keeper_written import Written
 from upipe.cluster.keeping import SPOOL, Job, KeeperNews, WorkerState
 from upipe.cluster.layout import NodePlan, Step, rewire
 from upipe.cluster.record import Crew
@@ -29,6 +30,7 @@ from upipe.runtime import events as ev
 from upipe.runtime.doing import Doing
 from upipe.runtime.graves import Graves
 from upipe.runtime.holdings import Holdings
+from upipe.runtime.slots import Slot
 
 RETRY = 0.25
 """Seconds until a worker that does not listen (stopped, or deep in native code) is told its queues again."""
@@ -60,7 +62,8 @@ class NodeRunner(Doing):
         self.held = Holdings(asyncio.get_running_loop(), 1, [])
         assert self.held.spool.name == SPOOL
         self.held.queues = self.queues
-        self.rings = NodeQueues(job.spec, self.queues, self._needed)
+        self.written = Written(self.queues)
+        self.rings = NodeQueues(job.spec, self.queues, self._needed, self.written.dropped)
         self.graves = Graves(job.spec, self.rings.label, self.held.spool, self.queues)
         self._on_change = on_change
         self._on_end = on_end
@@ -128,7 +131,11 @@ class NodeRunner(Doing):
         for worker in plan.workers:
             if worker_name(worker) not in changed and set(fresh) & set(worker.inputs):
                 self._handle(ev.Changed(worker))
-        if any(step.what == "start" for step in steps):
+        stay = [name for name in (old.leaving if old else ()) if name not in plan.leaving]
+        for worker in plan.workers:
+            if worker_name(worker) in stay:  # it was to go elsewhere, and is to stay now: it begins again
+                self._handle(ev.Joined(worker))
+        if any(step.what == "start" for step in steps) or stay:
             self.held.later("up", self.spec.settings.start_deadline, self._callback(self._check_up))
 
     def _step(self, plan: NodePlan, step: Step) -> None:
@@ -198,7 +205,7 @@ class NodeRunner(Doing):
         )
         code = self.job.code.get(slot.spec.name, "")
         told = msgspec.structs.replace(
-            told, code=code, epoch=command.epoch, rewires=True, modules=self.job.sys_path
+            told, code=code, epoch=command.epoch, rewires=True, modules=self.job.sys_path, emitted=self._note(slot)
         )
         used = {told.replies, *told.inputs, *(name for output in told.outputs for name in output.queues)}
         self._assigned[command.worker] = used
@@ -206,9 +213,17 @@ class NodeRunner(Doing):
         self._stale.discard(command.worker)
         self._say(command.worker, told)
 
+    def _note(self, slot: Slot) -> dict[str, int]:
+        """What a source that resumes writes, and how far it came elsewhere."""
+        if not slot.spec.resume:
+            return {}
+        self.written.note(slot.plan)
+        return self.written.before(slot.plan)
+
     def _rewire(self, worker: str) -> None:
         """Tell a worker its queues: now, when it is ready, or as soon as it listens."""
         slot = self.supervisor.slots[worker]
+        self._note(slot)
         if not slot.alive:
             self._settle_ends(worker)
             return

@@ -60,7 +60,7 @@ class NodeSupervisor(Supervisor):
         self._killed: set[str] = set()
         """Not of this node any more; their exit is not heard yet."""
         self._rejoining: dict[str, WorkerPlan] = {}
-        """Joined again before that exit."""
+        """Joined again before that exit, or before that of leaving."""
         self._dry: set[str] = set()
         """Processors with room for autoscaling only, whose streams ended before anything started."""
         self._seen: set[str] = set()
@@ -122,7 +122,10 @@ class NodeSupervisor(Supervisor):
             self._seen.add(event.worker)
         if isinstance(event, Spawned | Exited | Refused) and event.worker in self._killed:
             return self._ending(event)
-        return super().handle(event, now)
+        commands = super().handle(event, now)
+        if isinstance(event, Exited | Refused) and event.worker in self._rejoining:
+            commands += self._rejoin(event.worker)
+        return commands
 
     def _rearrange(self, event: Rearrangement) -> list[Command]:
         if isinstance(event, Joined):
@@ -138,16 +141,18 @@ class NodeSupervisor(Supervisor):
         self._plans[plan.processor, plan.index] = plan
         self._limit(plan.processor)
         self._seen.discard(name)
-        if name in self._killed:
+        self._leaving.discard(name)
+        slot = self.slots.get(name)
+        if name in self._killed or (slot is not None and not slot.ended):
             self._rejoining[name] = plan
             return []
         if plan.index >= crew.spec.workers:
             self._idle.add(name)  # for autoscaling
-            return []
+            return self._up()
         commands = self._add(plan.processor, plan.index)
         if self.pipe.state != "draining" or plan.processor not in self._roots or crew.spec.kind in ("map", "class"):
             return commands
-        slot = self.slots[name]  # of a pipe that takes nothing more in
+        slot = self.slots[name]  # its pipe takes nothing more in
         slot.machine.fire("drain")
         slot.machine.fire("exit")
         return [CloseEnds(name)]
@@ -210,9 +215,14 @@ class NodeSupervisor(Supervisor):
                 return []  # an earlier life
             recover = [Recover(name, event.pid, slot.start)]
         self._killed.discard(name)
+        return [*recover, CloseEnds(name), *self._rejoin(name), *self._up()]
+
+    def _rejoin(self, name: str) -> list[Command]:
+        """Its former life may be over."""
+        if not self.slots[name].ended or name in self._killed or self.pipe.state in PIPE_ENDED:
+            return []
         again = self._rejoining.pop(name, None)
-        joined = self._join(again) if again is not None and self.pipe.state not in PIPE_ENDED else self._up()
-        return [*recover, CloseEnds(name), *joined]
+        return [] if again is None else self._join(again)
 
     # ------------------------------------------------------------------ as Supervisor, but for a part of the pipe
 

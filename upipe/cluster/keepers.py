@@ -77,6 +77,7 @@ class Keeper:
         """
         if await self.find():
             return
+        self.news = None
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             _replace(self.directory / "job", keeping.encode_file(job))
@@ -287,7 +288,7 @@ class Keeper:
             await self._died(REACH)
         status = self._reap()
         self._unwatch()
-        self.pid = 0
+        self.pid, self._newest = 0, None  # another life shall not begin with a plan of this one
         if self.news is None or self.news.present:
             segment.sweep()
             self._sweep = asyncio.get_running_loop().call_later(SWEEP, segment.sweep)

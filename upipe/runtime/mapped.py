@@ -63,7 +63,11 @@ def _emitted_before(worker: Worker) -> int:
     """With resume: how many values earlier lives of this source got into every edge."""
     if not worker.assignment.resume:
         return 0
-    return min(sum(int(ring.emitted(edge.producer)) for ring in edge.rings) for edge in worker.outputs.edges)
+    past = worker.assignment.emitted
+    return min(
+        past.get(edge.target, 0) + sum(int(ring.emitted(edge.producer)) for ring in edge.rings)
+        for edge in worker.outputs.edges
+    )
 
 
 def map_function(worker: Worker, func: Any, extra: dict[str, Any]) -> None:

@@ -103,6 +103,8 @@ class Assignment(msgspec.Struct, frozen=True, tag=True):
     """Rewire may come (a cluster)."""
     modules: tuple[str, ...] = ()
     """Modules that came with the code (a cluster): put before sys.path."""
+    emitted: dict[str, int] = {}
+    """Frames that earlier lives emitted, by target, into queues that are not among the outputs any more (a cluster)."""
 
     @property
     def worker(self) -> str:
