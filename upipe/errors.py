@@ -30,11 +30,13 @@
         |-- NodeCannotServe                   this node must not, or cannot, listen where you asked
         |-- NodeUnreachable (ConnectionError) nobody answers there
         |-- NodeUnproven    (ConnectionError) who answers there is not proven to be of this cluster; no token was sent
+        |-- NoAgent         (ConnectionError) no agent of this cluster was found; names everything that was tried
         |-- NodeTimeout     (TimeoutError)    no answer before the deadline; a change may or may not have been made
         |-- NodeAnswerInvalid                 the answer is not what this version understands
         |-- OptionInvalid   (ValueError)      what you wrote for an address, seed, label or resource cannot be read
         |-- MessageInvalid  (ValueError)      a node sent what cannot be read; nothing was changed
         |-- DataDirRefused  (OSError)         the agent's data directory cannot be used; says why
+        |-- ArchiveRefused  (ValueError)      a directory cannot be shipped (too large), or an archive is not ours
         |-- KeeperFailed                      the process that runs a pipe on this node does not start, or not answer
         `-- NodeRefused                       the node said no; carries status, code and sentence
 
@@ -234,6 +236,10 @@ class NodeUnproven(ClusterError, ConnectionError):
     """Who answers at that address did not prove to be that node of this cluster. Nothing secret was sent to it."""
 
 
+class NoAgent(ClusterError, ConnectionError):
+    """No agent of this cluster was found. Says what was tried, and what to do."""
+
+
 class NodeTimeout(ClusterError, TimeoutError):
     """No answer before the deadline. A change that was asked for may or may not have been made."""
 
@@ -269,6 +275,10 @@ class OptionInvalid(ClusterError, ValueError):
 
 class MessageInvalid(ClusterError, ValueError):
     """A message of another node is malformed or too large; nothing was changed."""
+
+
+class ArchiveRefused(ClusterError, ValueError):
+    """A directory cannot be shipped, or an archive that came holds what none of ours does; nothing was unpacked."""
 
 
 class DataDirRefused(ClusterError, OSError):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
-from upipe.errors import DeclarationError, IllegalTransition, PipeFailed
+import msgspec
+
+from upipe.errors import ClusterError, DeclarationError, IllegalTransition, PipeFailed
 from upipe.frame import dumps, registered_types
 from upipe.graph.inspect import inspect_func
 from upipe.graph.plan import host_problems, plan
@@ -25,6 +28,14 @@ from upipe.runtime.report import Report
 from upipe.runtime.spool import DeadLetter
 from upipe.runtime.worker import Bundle
 from upipe.settings import Settings
+
+
+Check = Callable[[PipeSpec], list[str]]
+
+
+LOCAL = "local"
+CLUSTER_VARIABLE = "UPIPE_CLUSTER"
+"""Environment variable that says where pipes run whose start() does not: "auto", HOST:PORT, or "local"."""
 
 
 class Runner(EndsRunner, Protocol):
@@ -110,9 +121,15 @@ class Pipe:
         Raises:
             DeclarationError: with every problem at once.
         """
-        self._prepare()
+        self._prepare(host_problems, True)
 
-    def _prepare(self) -> tuple[PipeSpec, dict[str, bytes]]:
+    def _prepare(self, check: Check, pickle: bool) -> tuple[PipeSpec, dict[str, bytes]]:
+        """The spec and the pickled Bundle of each processor.
+
+        Args:
+            check: what keeps a pipe without `problems` from running there.
+            pickle: what settings.allow_pickle=None means there.
+        """
         wrong: list[str] = []
         codes: dict[str, bytes] = {}
         specs = [self._spec(one, codes, wrong) for one in self.processors]
@@ -121,9 +138,11 @@ class Pipe:
             for one in self.processors
             for edge in one.edges
         )
-        spec = PipeSpec(self.name, tuple(specs), edges, self.settings)
+        allowed = pickle if self.settings.allow_pickle is None else self.settings.allow_pickle
+        settings = msgspec.structs.replace(self.settings, allow_pickle=allowed)
+        spec = PipeSpec(self.name, tuple(specs), edges, settings)
         wrong += problems(spec)
-        wrong += [] if wrong else host_problems(spec)
+        wrong += [] if wrong else check(spec)
         if wrong:
             raise DeclarationError(wrong, f"pipe {self.name!r}")
         return spec, codes
@@ -166,7 +185,7 @@ class Pipe:
             restart=one.restart or settings.restart,
             resume=one.resume,
             checkpoint_every=one.checkpoint_every,
-            allow_pickle=settings.allow_pickle if one.allow_pickle is None else one.allow_pickle,
+            allow_pickle=one.allow_pickle is not False,
             frame_timeout=one.frame_timeout,
             takes_config=takes_config,
             resources=tuple(sorted(one.resources.items(), key=repr)),
@@ -184,17 +203,37 @@ class Pipe:
         """declared, starting, running, draining, completed, failed or stopped."""
         return self._runner.state if self._runner is not None else "declared"
 
-    async def start(self) -> Self:
-        """Start every worker on this host; returns when all of them are ready.
+    async def start(self, cluster: str | None = None) -> Self:
+        """Start every worker; returns when all of them are ready.
+
+        Args:
+            cluster: where. "local": on this host. "HOST:PORT": on the cluster of the agent there; "auto": of the agent
+                at $UPIPE_CLUSTER, else on this host, else of one that answers in the local network (see
+                cluster/reach.py). None: what $UPIPE_CLUSTER says, so that a program runs on a cluster unchanged; on
+                this host where it says nothing.
+                This process stays a part of the pipe: what it emits comes from here, results and replies come here,
+                and the pipe ends with it.
 
         Raises:
-            DeclarationError: nothing was started. OutOfSharedMemory: nothing is left. PipeFailed: a worker cannot run.
+            DeclarationError: nothing was started; on a cluster also when no node has room, with the reason for each.
+            OutOfSharedMemory: nothing is left. PipeFailed: a worker cannot run. ClusterError: no agent, no token.
         """
         self._not_started("start it only once; declare another pipe to run it again")
-        spec, codes = self._prepare()
-        runner = LocalRunner(spec, plan(spec), codes)
+        runner: Runner
+        where = cluster or os.environ.get(CLUSTER_VARIABLE) or LOCAL
+        if where == LOCAL:
+            spec, codes = self._prepare(host_problems, True)
+            runner = LocalRunner(spec, plan(spec), codes)
+        else:
+            module = _cluster_runner()
+            spec, codes = self._prepare(module.cluster_problems, False)
+            runner = module.ClusterRunner(spec, codes, self.processors, where)
         self._runner = runner
-        await runner.start()
+        try:
+            await runner.start()
+        except (ClusterError, DeclarationError):
+            self._runner = None  # nothing was started: it may be tried again, there or elsewhere
+            raise
         self._ends = Ends(self.name, runner)
         return self
 
@@ -325,11 +364,24 @@ class Pipe:
         return self._running[0].report()
 
     def dead_letters(self) -> list[DeadLetter]:
-        """Frames that could not be processed, with the error and the traceback."""
+        """Frames that could not be processed, with the error and the traceback. They lie where it happened: on a
+        cluster these are the ones that have been fetched from the nodes, all of them at the end."""
         return self._running[0].dead_letters()
 
     def __repr__(self) -> str:
         return f"<Pipe {self.name!r} {self.state}>"
+
+
+def _cluster_runner() -> Any:
+    """The module that runs pipes on a cluster, which nothing here imports: a worker has no use for it."""
+    try:
+        return importlib.import_module("upipe.cluster.runner")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("upipe"):
+            raise
+        raise ClusterError(
+            f"start(cluster=...) needs {error.name}, which is not installed: pip install 'upipe[cluster]'"
+        ) from None
 
 
 @contextmanager

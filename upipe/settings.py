@@ -28,8 +28,9 @@ class RestartPolicy(msgspec.Struct, frozen=True):
     ``min(backoff_max, backoff * 2 ** (n - 2))`` seconds.
     """
 
-    limit: int = 20
-    """Deaths of one processor's workers inside the window before the pipe fails; 0 means no limit."""
+    limit: int = 10
+    """Deaths of one processor's workers inside the window before the pipe fails; 0 means no limit. What fails at each
+    start must get there: with these waits it dies 17 times a minute, and fails after 20 s."""
     window: float = 60.0
     """Seconds over which deaths are counted."""
     backoff: float = 0.05
@@ -94,7 +95,8 @@ class Settings(msgspec.Struct, frozen=True):
     start_method: str = "auto"
     """Fork server start: "fork" (from this process, milliseconds), "exec" (clean interpreter), or "auto":
     fork when this process has a single Python thread, exec otherwise."""
-    allow_pickle: bool = True
-    """False refuses pickled frames everywhere in the pipe."""
+    allow_pickle: bool | None = None
+    """False refuses pickled frames everywhere in the pipe, True takes them. None: taken on one host, refused on a
+    cluster, where frames come from other hosts and unpickling runs what stands in them."""
     sink_bytes: int = 8 * MIB
     """Ring for what end processors emit, bytes; grown to the largest edge."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ async def test_data_flows_over_the_mirrors_of_a_chain_once_and_in_order() -> Non
     values = list(range(3000))
     async with chain() as here:
         one_, two, three = (here.nodes[name] for name in "123")
+        began = time.monotonic()
         _, _, found = await asyncio.gather(
             put_all(one_.writer(A_TO_B), values),
             two.work(A_TO_B, B_TO_C, len(values)),
@@ -61,6 +63,7 @@ async def test_data_flows_over_the_mirrors_of_a_chain_once_and_in_order() -> Non
         )
         assert found == values
         await until(lambda: finished(here, "1", A_TO_B) == finished(here, "2", B_TO_C) == len(values))
+        assert 1 <= two.news <= (time.monotonic() - began) / ferries.CALM + 2
         assert sorted(here.dialled) == [("1", "2"), ("2", "3")]
         await until(lambda: two.state(A_TO_B).settled and three.state(B_TO_C).settled)
         infos = {(info.role, info.peer): info for node in (one_, two, three) for info in node.ferry.infos()}
@@ -175,7 +178,11 @@ async def test_a_lost_reader_and_none_elsewhere_the_home_waits_and_then_reads_it
         assert await get_all(here.nodes["2"].reader(A_TO_B), 40) == list(range(40))
         await until(lambda: finished(here, "1", A_TO_B) == 40)
         await here.lose("2")
-        here.relay(seats(a="1", b="-"), "2")
+        here.layout = relay(AB, here.layout, seats(a="1", b="-"), ["2"])
+        plan = here.plans()["1"]
+        node.ferry.release(plan)
+        assert node.queues[node.queue(A_TO_B)].mirror[0] == 0  # before the keeper starts who reads it
+        node.follow(plan)
         assert node.state(A_TO_B).settled and node.ferry.infos() == []
         here.relay(seats(a="1", b="1"))
         assert await get_all(node.reader(A_TO_B), 60) == list(range(40, 100))
@@ -293,7 +300,7 @@ async def test_idle_ferries_use_no_cpu() -> None:
 
 
 async def test_one_mirror_in_trouble_says_so_and_the_others_and_itself_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upipe.cluster.mirror.AGAIN", 0.01)
+    monkeypatch.setattr("upipe.cluster.mirror_end.AGAIN", 0.01)
     spec = PipeSpec("p", (one("a", kind="source"), one("b"), one("c")), (EdgeSpec("a", "b"), EdgeSpec("a", "c")))
     async with harbour(spec, lay_out(spec, seats(a="1", b="2", c="2"), "")) as here:
         node, states = here.nodes["1"], []
@@ -372,9 +379,12 @@ async def test_the_same_node_gets_a_fresh_copy_and_hears_of_it_before_or_after_t
             here.layout = relay(here.spec, here.layout, seats(a="1", b="2"))
             plans = here.plans()
             here.nodes[first].follow(plans[first])
-            for link in here.nodes["2"].links[-1:]:
-                link.close()  # and greetings of both epochs meet on several links
-            await asyncio.sleep(0.1)
+            stopped = here.nodes[second].ferry.infos
+            await until(lambda stopped=stopped: stopped()[0].state.startswith("failed"))  # it heard that it is replaced
+            dials = len(here.dialled)
+            here.nodes["2"].links[-1].close()  # greetings of both epochs meet on the next link too
+            await until(lambda here=here, dials=dials: len(here.dialled) > dials and len(here.nodes["2"].links) > dials)
+            await asyncio.sleep(0.02)
             here.nodes[second].follow(plans[second])
             assert await get_all(here.nodes["2"].reader(A_TO_B), 70) == list(range(30, 100))
             await until(lambda here=here: here.nodes["1"].state(A_TO_B).empty)

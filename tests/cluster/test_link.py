@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import uvloop
 
-from tests.cluster.secure_support import Running, running
+from tests.cluster.secure_support import NODE, Running, running
 from tests.cluster.test_mirror import Pair, balanced, emit, everything, mixed, same, until
-from upipe.cluster import routes
+from upipe.cluster import routes, tls
+from upipe.cluster.lines import Lines
 from upipe.cluster.link import Link
-from upipe.cluster.opening import Opening
+from upipe.cluster.opening import Opening, feed
 from upipe.cluster.records import Hello, Ping, encode, mirror_key
 from upipe.cluster.server import Call
 
@@ -128,3 +129,64 @@ async def test_who_stops_waiting_for_a_link_does_it_no_harm() -> None:
     link.connection_lost(None)
     link.connection_lost(OSError("again"))
     assert link.closed.result() == "the other end closed it"
+
+
+async def test_lines_of_two_processes_meet_over_the_guard_which_proves_who_dialled(tmp_path: Path) -> None:
+    pair, values = Pair(1 << 18), mixed(800)
+    copy = pair.fresh_copy()
+    here, there = "0" * 16, NODE
+    accepting = Lines(there, lambda peer, link: asyncio.sleep(0))
+
+    async def mirror(call: Call) -> None:
+        assert call.peer.identity is not None
+        link = Link()
+        call.switch(link)
+        accepting.accepted(call.peer.identity.id, link)
+        await link.over()
+
+    async with running(tmp_path, mirror=mirror) as node:
+
+        async def dial_node(peer: str, link: Link) -> None:
+            async with node.client(identity=tls.Identity("node", here), node=peer) as client:
+                await client.upgrade(routes.MIRROR, link, mirror="links")
+
+        dialling = Lines(here, dial_node)
+        accepting.carry(pair.mirror_sink(), here, dials=False)
+        dialling.carry(pair.mirror_source(), there, dials=True)
+        _, found = await asyncio.gather(emit(pair, values), everything(copy))
+        await pair.done.wait()
+        assert same(found, values)
+        dialling.close()
+        accepting.close()
+    pair.close()
+
+
+async def test_greetings_are_remembered_up_to_a_bound_and_the_oldest_of_nobody_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("upipe.cluster.link.MOST_HELLOS", 3)
+    link, heard = Link(), []
+
+    class End:
+        def __init__(self, name: str) -> None:
+            self.key = mirror_key(name)
+
+        def connected(self, link: Link) -> None:
+            pass
+
+        disconnected = connected
+
+        def heard(self, link: Link, record: Any) -> None:
+            heard.append(record.id)
+
+    def greeted(*names: str) -> None:
+        for name in names:
+            feed(link, encode(Hello(mirror_key(name), 0, 1, 1, 64, 0, 0, 0, 1, name)))
+
+    greeted("a", "b", "c", "a", "d")
+    for name in "abcd":
+        link.add(End(name))  # type: ignore[arg-type]
+    assert heard == ["a", "c", "d"]
+    greeted("e")
+    assert link._why.startswith("the other end names more than 3 mirrors")
+    link.connection_lost(None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -30,6 +30,9 @@ class Runner:
     @property
     def results(self) -> MemQ:
         return self.queues["results"]
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        self.changed = changed
 
     def close_input(self) -> None:
         self.input_closed += 1

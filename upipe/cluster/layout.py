@@ -32,6 +32,9 @@ class QueueHere(msgspec.Struct, frozen=True):
     """The HOLD of a home is closed: nothing more comes when its workers have closed."""
     discard: bool = False
     """Nobody reads it any more: a home drops (and counts) what comes."""
+    open: bool = True
+    """Producers here write into it. False: it drains. (The queues of workers' outputs are in their plans; the client
+    has no worker, and closes its end of those that are not open.)"""
 
 
 class MirrorPlan(msgspec.Struct, frozen=True):
@@ -118,7 +121,7 @@ def node_plan(
     wrong = cluster_problems(spec)
     if wrong:
         raise DeclarationError(wrong, f"pipe {spec.name!r}")
-    parts = _Parts(spec)
+    parts = _Parts(spec, bool(layout.client))
     here = [lane for lane in layout.lanes if node in (lane.home, lane.reader)]
     queues = tuple(
         QueueHere(
@@ -126,6 +129,7 @@ def node_plan(
             "home" if lane.home == node else "sink",
             lane.stream in ends,
             parts.streams[lane.stream].target in discards,
+            lane.open,
         )
         for lane in here
     )
@@ -149,8 +153,11 @@ def _mirror(lane: Lane, client: str) -> MirrorPlan:
 class _Parts:
     """Of a spec: everything by name."""
 
-    def __init__(self, spec: PipeSpec) -> None:
+    def __init__(self, spec: PipeSpec, client: bool) -> None:
         self.spec = spec
+        self.results = "block" if client else "drop_oldest"
+        """What nobody reads is dropped by the client, who alone knows (runtime/gathered.py): a home that drops would do
+        so behind a reader's back."""
         self.sizes = Sizes(spec)
         self.streams = {one.name: one for one in streams(spec)}
         self.edges = {(edge.source, edge.target): edge for edge in spec.edges}
@@ -173,7 +180,7 @@ class _Parts:
         if stream.source == PIPE:
             return self.sizes.inputs[stream.target], "block", (0,)
         if stream.name == RESULTS:
-            return self.sizes.to_pipe, "drop_oldest", tuple(self.ends.values())
+            return self.sizes.to_pipe, self.results, tuple(self.ends.values())
         if stream.source == ANY:
             return self.sizes.to_pipe, "block", tuple(self.numbers.values())
         edge = self.edges[stream.source, stream.target]

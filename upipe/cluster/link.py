@@ -2,9 +2,9 @@
 same.
 
 What comes for a sink is received straight into its ring (BufferedProtocol); what a source sends is handed over as ring
-memory. A mirror that has something to send waits in a queue for its turn; a turn is one CHUNK, so that a small one is
-never far behind a large one. While the transport has something left to write nobody gets a turn: so what is copied and
-kept by it is bounded by a chunk (over plain TCP nothing is copied, see outlet.py).
+memory. A mirror that has something to send waits in a queue for its turn; a turn is one chunk, so that a small one is
+never far behind a large one. While the transport has much left to write nobody gets a turn: so what is copied and kept
+by it is bounded by a few chunks (over plain TCP nothing is copied, see outlet.py).
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from upipe.errors import MirrorRefused, UpipeError
 
 CHUNK = 1 << 20
 """Bytes of ring that one turn sends. Larger ones cost fewer calls, and let the others wait longer."""
+TLS_CHUNK = 1 << 18
+"""The same over TLS, whose transport copies what it encrypted: it keeps three of them at most."""
 TURNS = 4
 """Turns before the event loop gets to read again."""
 SCRATCH = 1 << 16
@@ -39,7 +41,8 @@ SCRATCH = 1 << 16
 LARGE = 1 << 17
 """Bytes of a data record after which a large one is expected again: then only its header is read into the buffer."""
 MOST_HELLOS = 4096
-"""Mirrors whose Hello is remembered per link, for an end that comes later."""
+"""Mirrors whose Hello is remembered per link, for an end that comes later; beyond it the oldest that nobody here is of
+is forgotten."""
 
 _numbers = itertools.count(1)
 
@@ -61,7 +64,7 @@ class Endpoint(Protocol):
         """The other end said this."""
 
     def turn(self, link: Link) -> bool:
-        """Send one chunk. False when there is nothing to send now; Link.wants() asks for turns again."""
+        """Send one Link.chunk. False when there is nothing to send now; Link.wants() asks for turns again."""
 
     def incoming(self, link: Link, position: int, length: int) -> int:
         """Data comes. How many of its first bytes are not wanted; the others land."""
@@ -89,6 +92,8 @@ class Link(asyncio.BufferedProtocol):
         self._hellos: dict[int, Hello] = {}
         self._ready: deque[Endpoint] = deque()
         """Who wants a turn; each at most once."""
+        self.chunk = CHUNK
+        """Bytes of a turn."""
         self._outlet: PlainOutlet | None = None
         self._plain = self._lost = False
         self._paused = self._pumping = False
@@ -164,10 +169,12 @@ class Link(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
-        # What it could not send at once ends the turns. Not 0: TLS would take an empty buffer for a full one.
-        self._transport.set_write_buffer_limits(high=1)
-        # The outlet begins when nothing of the 101 waits in the transport: order is kept.
         self._plain = transport.get_extra_info("ssl_object") is None
+        if self._plain:  # the outlet begins when nothing of the 101 waits in the transport: order is kept
+            self._transport.set_write_buffer_limits(high=1)
+        else:  # encrypts the next chunk while the last one is on its way
+            self.chunk = TLS_CHUNK
+            self._transport.set_write_buffer_limits(high=2 * TLS_CHUNK, low=TLS_CHUNK)
         self._beat()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -312,11 +319,18 @@ class Link(asyncio.BufferedProtocol):
         if isinstance(record, Pong):
             return
         if isinstance(record, Hello):
-            if record.mirror not in self._hellos and len(self._hellos) >= MOST_HELLOS:
-                raise MirrorRefused(
-                    "too-many", f"the other end names more than {MOST_HELLOS} mirrors on one connection"
-                )
-            self._hellos[record.mirror] = record
+            self._remember(record)
         endpoint = self._endpoints.get(record.mirror)
         if endpoint is not None:
             endpoint.heard(self, record)
+
+    def _remember(self, hello: Hello) -> None:
+        known = self._hellos
+        known.pop(hello.mirror, None)  # the newest stand last
+        if len(known) >= MOST_HELLOS:
+            oldest = next((key for key in known if key not in self._endpoints), None)
+            if oldest is None:
+                text = f"the other end names more than {MOST_HELLOS} mirrors on one connection"
+                raise MirrorRefused("too-many", text)
+            del known[oldest]
+        known[hello.mirror] = hello

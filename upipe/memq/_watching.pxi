@@ -155,6 +155,15 @@ cdef class Ring(Mirrored):
             self._drop(0, True)
         up_wake_all(&self.r)
 
+    def shed(self, uint64_t room):
+        """Drop frames nobody took, oldest first and counted, until a frame of `room` ring bytes would fit; none while a
+        frame that is held is in the way. For the keeper of a sink copy, which no drop policy reaches."""
+        self._begin()
+        try:
+            self._drop(room, False)
+        finally:
+            self._done()
+
     def wake_all(self):
         """Wake every sleeper: each looks again."""
         self._mapped()

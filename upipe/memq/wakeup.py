@@ -387,6 +387,10 @@ class AsyncWait:
                 self._armed[i] = False
         self._wake(True)
 
+    def look(self) -> None:
+        """From the loop's own thread: sleep() returns True now, for a reason that no queue knows of."""
+        self._wake(True)
+
     def _wake(self, rung: bool) -> None:
         if self._future is not None and not self._future.done():
             self._future.set_result(rung)

@@ -4,16 +4,26 @@ one ends."""
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Protocol
 
 from upipe.errors import EndOfStream, FrameError, PipeError, ProcessorError
 from upipe.frame import ERROR, REPLY
-from upipe.memq.queue import MemQ
 
 Calls = dict[int, asyncio.Future[Any]]
 
 
-async def answer(pipe: str, replies: MemQ, calls: Calls, roots: int = 1) -> None:
+class Source(Protocol):
+    """Where the pipe reads what comes to it: a MemQ, or on a cluster several of them (Gathered)."""
+
+    @property
+    def last_execution(self) -> int: ...
+    @property
+    def last_flags(self) -> int: ...
+    async def aget(self) -> Any: ...
+    def set_policy(self, policy: int) -> None: ...
+
+
+async def answer(pipe: str, replies: Source, calls: Calls, roots: int = 1) -> None:
     """Hand every reply to the call it belongs to, until the pipe ends; then every call that is left learns that.
 
     Args:

@@ -355,6 +355,17 @@ class Outputs:
         self.attention = True  # see Inputs.rewire
         self._known = fresh
 
+    def switch(self, edges: tuple[Output, ...]) -> None:
+        """From the event loop that emits (no other thread may): emit into these from now on. The ends of those that are
+        left are closed; who waits for room in one of them tries the new ones."""
+        before = [(ring, edge.producer) for edge in self.edges for ring in edge.rings]
+        self._use(edges)
+        self._known = self.rings()
+        for ring, producer in before:
+            if ring not in self._known:
+                ring.close_producer(producer)
+            ring.bell(PRODUCER).ring_self()  # who waits there leaves, which wakes the next one
+
     def _interrupt(self) -> None:
         for ring in self._known:
             ring.interrupted = True

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
 from upipe.errors import CallTimeout, EndOfStream, IllegalTransition
 from upipe.graph.plan import PIPE, OutputPlan, Plan
 from upipe.memq.queue import MemQ
+from upipe.runtime.answers import Source
 from upipe.runtime.channels import Ended, Output, Outputs
 
 _BLOCK, _DROP_OLDEST = 0, 1
@@ -19,7 +20,10 @@ _BLOCK, _DROP_OLDEST = 0, 1
 class EndsRunner(Protocol):
     """What these ends ask of whatever runs the pipe."""
 
-    plan: Plan
+    @property
+    def plan(self) -> Plan:
+        """On a cluster another one whenever queues come and go; then what `watch` was given is called."""
+
     queues: dict[str, MemQ]
     calls: dict[int, asyncio.Future[Any]]
     ended: asyncio.Future[None] | None
@@ -27,7 +31,8 @@ class EndsRunner(Protocol):
     @property
     def state(self) -> str: ...
     @property
-    def results(self) -> MemQ: ...
+    def results(self) -> Source: ...
+    def watch(self, changed: Callable[[], None]) -> None: ...
     def close_input(self) -> None: ...
     async def answer_calls(self) -> None: ...
 
@@ -43,12 +48,7 @@ class Ends:
     def __init__(self, name: str, runner: EndsRunner) -> None:
         self.name = name
         self.runner = runner
-        edges = [
-            Output(OutputPlan(one.target, (one.name,), 0), (runner.queues[one.name],), None)
-            for one in runner.plan.queues
-            if one.source == PIPE
-        ]
-        self._outputs = Outputs(tuple(edges), None)
+        self._outputs = Outputs(self._edges(), None)
         self._closed = False
         self._emitting = 0
         """Emits under way: the input closes behind the last of them."""
@@ -60,6 +60,25 @@ class Ends:
         assert runner.ended is not None
         at_end = weakref.WeakMethod(self._at_end)  # a pipe that is forgotten shall end
         runner.ended.add_done_callback(lambda _: (method := at_end()) and method())
+        rewired = weakref.WeakMethod(self._rewired)
+        runner.watch(lambda: (method := rewired()) and method())
+
+    def _edges(self) -> tuple[Output, ...]:
+        """One for each root that takes input. It has one queue here; on a cluster one for each node with workers of the
+        root, none of which is this host's own, so that the room decides."""
+        by_root: dict[str, list[str]] = {}
+        for one in self.runner.plan.queues:
+            if one.source == PIPE:
+                by_root.setdefault(one.target, []).append(one.name)
+        return tuple(
+            Output(OutputPlan(root, tuple(names), 0), tuple(self.runner.queues[name] for name in names), None)
+            for root, names in by_root.items()
+        )
+
+    def _rewired(self) -> None:
+        self._outputs.switch(self._edges())
+        if self.runner.state == "draining" and not self._closed:  # somebody else told the pipe to drain
+            self.refuse_input()
 
     # ------------------------------------------------------------------ emitting
 

@@ -14,7 +14,7 @@ import itertools
 import os
 import time
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
@@ -206,6 +206,9 @@ class LocalRunner(Doing):
         """Hand replies to the calls that wait for them, until the pipe ends."""
         roots = sum(queue.source == PIPE for queue in self.plan.queues)
         return answers.answer(self.spec.name, self.queues[REPLIES], self.calls, roots)
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """The queues of the pipe's own input are the same all the time."""
 
     @property
     def results(self) -> MemQ:

@@ -48,7 +48,7 @@ def make_queue(queue: QueuePlan, number: int, allow_pickle: bool) -> MemQ:
 
 def pickle_allowed(spec: PipeSpec, queue: QueuePlan) -> bool:
     """Whether the pipe and both ends of a queue take pickled frames."""
-    return spec.settings.allow_pickle and all(
+    return spec.settings.allow_pickle is not False and all(
         one.allow_pickle for one in spec.processors if one.name in (queue.source, queue.target)
     )
 
