@@ -32,6 +32,11 @@ from upipe.settings import Settings
 Check = Callable[[PipeSpec], list[str]]
 
 
+LOCAL = "local"
+CLUSTER_VARIABLE = "UPIPE_CLUSTER"
+"""Environment variable that says where pipes run whose start() does not: "auto", HOST:PORT, or "local"."""
+
+
 class Runner(EndsRunner, Protocol):
     """What runs a pipe: this host, or a cluster (which implements it; this module knows nothing of it)."""
 
@@ -201,8 +206,10 @@ class Pipe:
         """Start every worker; returns when all of them are ready.
 
         Args:
-            cluster: where. None: on this host. "HOST:PORT": on the cluster of the agent there; "auto": of the agent at
-                $UPIPE_CLUSTER, else on this host, else of one that answers in the local network (see cluster/reach.py).
+            cluster: where. "local": on this host. "HOST:PORT": on the cluster of the agent there; "auto": of the agent
+                at $UPIPE_CLUSTER, else on this host, else of one that answers in the local network (see
+                cluster/reach.py). None: what $UPIPE_CLUSTER says, so that a program runs on a cluster unchanged; on
+                this host where it says nothing.
                 This process stays a part of the pipe: what it emits comes from here, results and replies come here,
                 and the pipe ends with it.
 
@@ -212,13 +219,14 @@ class Pipe:
         """
         self._not_started("start it only once; declare another pipe to run it again")
         runner: Runner
-        if cluster is None:
+        where = cluster or os.environ.get(CLUSTER_VARIABLE) or LOCAL
+        if where == LOCAL:
             spec, codes = self._prepare(host_problems, True)
             runner = LocalRunner(spec, plan(spec), codes)
         else:
             module = _cluster_runner()
             spec, codes = self._prepare(module.cluster_problems, False)
-            runner = module.ClusterRunner(spec, codes, self.processors, cluster)
+            runner = module.ClusterRunner(spec, codes, self.processors, where)
         self._runner = runner
         try:
             await runner.start()

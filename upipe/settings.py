@@ -28,8 +28,9 @@ class RestartPolicy(msgspec.Struct, frozen=True):
     ``min(backoff_max, backoff * 2 ** (n - 2))`` seconds.
     """
 
-    limit: int = 20
-    """Deaths of one processor's workers inside the window before the pipe fails; 0 means no limit."""
+    limit: int = 10
+    """Deaths of one processor's workers inside the window before the pipe fails; 0 means no limit. What fails at each
+    start must get there: with these waits it dies 17 times a minute, and fails after 20 s."""
     window: float = 60.0
     """Seconds over which deaths are counted."""
     backoff: float = 0.05

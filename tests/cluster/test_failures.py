@@ -96,7 +96,7 @@ def test_a_host_dies_with_all_its_processes(hosts: Hosts) -> None:
 def test_a_host_comes_back_and_takes_work_again(hosts: Hosts) -> None:
     program = begin(hosts)
     hosts.kill_host(1)
-    until(lambda: hosts.nodes(0).count(" alive") == 2, 15, "its death is known")
+    until(lambda: len(hosts.living(0)) == 2, 15, "its death is known")
     hosts.start_agent(1)
     hosts.wait_for_members()
     complete(hosts, program, again=COUNT)

@@ -300,7 +300,7 @@ async def test_idle_ferries_use_no_cpu() -> None:
 
 
 async def test_one_mirror_in_trouble_says_so_and_the_others_and_itself_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upipe.cluster.mirror.AGAIN", 0.01)
+    monkeypatch.setattr("upipe.cluster.mirror_end.AGAIN", 0.01)
     spec = PipeSpec("p", (one("a", kind="source"), one("b"), one("c")), (EdgeSpec("a", "b"), EdgeSpec("a", "c")))
     async with harbour(spec, lay_out(spec, seats(a="1", b="2", c="2"), "")) as here:
         node, states = here.nodes["1"], []

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,14 @@ from tests.cluster.keeper_support import HERE, SMALL, Held, chain, drained, gone
 from tests.cluster.test_lanes import seats
 from tests.system.support import stat
 from upipe.cluster import keeper, keepers, keeping
-from upipe.cluster.keeping import Job
+from upipe.cluster.keeping import Follow, Job
 from upipe.cluster.lanes import Lane, Layout, lay_out, prune, relay
 from upipe.errors import KeeperFailed
 from upipe.graph.plan import REPLIES, RESULTS
 from upipe.memq import MemQ, segment
 from upipe.settings import AutoscalePolicy
 
+pytestmark = [pytest.mark.slow, pytest.mark.system]
 MakeHeld = Callable[..., Held]
 COUNT = 200
 
@@ -71,8 +74,13 @@ async def test_a_pipe_on_one_node_from_its_start_to_its_end(held: MakeHeld) -> N
     await here.follow(ends=frozenset([*ends, RESULTS, REPLIES]))
     assert sorted(await drained(results)) == [4 * number for number in range(COUNT)]
     assert here.news.left == () and here.news.failed == "" and here.news.crews["b"].cpu_seconds > 0
+    kept = msgspec.json.decode((here.directory / "plan").read_bytes(), type=Follow)  # for tools
+    assert (kept.fence, kept.plan) == (here.news.fence, here.plan)
+    pid = here.keeper.pid
     await here.stop()
+    await until(lambda: segment.process_state(pid) is None)  # reaped
     assert here.lost == [] and here.keeper.last_word() == here.news
+    assert not (segment.root() / here.news.session).exists()
     assert not await here.agent().find()
     assert HERE in here.layout.nodes()
 
@@ -494,11 +502,21 @@ def lazily():  # type: ignore[no-untyped-def]
         yield number
 
 
-async def test_autoscaling_uses_the_room_of_its_plan(held: MakeHeld) -> None:
+async def test_autoscaling_uses_the_room_of_its_plan(held: MakeHeld, tmp_path: Path) -> None:
     policy = AutoscalePolicy(up_age=0.05, interval=0.05, down_idle=0.3)
     settings = msgspec.structs.replace(SMALL, autoscale=policy)
     spec = chain(one("a", "source"), one("b", autoscale=3), settings=settings)
     here = held(spec, lay_out(spec, seats(a="1", b="211"), "c"), a=lazily, b=double)  # b#0 is elsewhere
+    alone = held(spec, lay_out(spec, seats(a="2", b="211"), "c"), b=double)
+    alone.directory = tmp_path / "alone"
+    alone.keeper = alone.agent()
+    await alone.start()
+    await alone.follow()
+    assert alone.news.workers == () and alone.news.up
+    (lane,) = [lane.name for lane in alone.layout.of("e0-a-b") if lane.reader == HERE]
+    publish(alone.queue(lane), 1, [7])
+    await alone.until(lambda news: any(worker.pid for worker in news.workers), "one runs for the first frame")
+    await alone.stop()
     await here.start()
     await here.follow()
     assert not any(worker.name.startswith("b") for worker in here.news.workers)
@@ -642,3 +660,49 @@ async def drained_now(ring: MemQ) -> list[int]:
         found.append(value)
     ring.finish()
     return found
+
+
+@pytest.mark.chaos
+async def test_nothing_is_lost_while_workers_come_go_and_die(held: MakeHeld) -> None:
+    dice = random.Random(4)
+    spec = chain(one("a", "source", resume=True), one("b", workers=3))
+    here = held(spec, lay_out(spec, seats(a="1", b="1--"), ""), a=lazily, b=slow)
+    results = await running(here)
+    found: list[int] = []
+
+    async def read() -> None:
+        async for value in results:
+            found.append(value)
+
+    reading = asyncio.create_task(read())
+    killed = 0
+    until_then = time.monotonic() + 30
+    while ("a", 0) not in here.news.ended:
+        assert time.monotonic() < until_then, here.news
+        what = dice.randrange(4)
+        restarts = here.news.crews["a"].restarts
+        if what == 0 and restarts > 2:
+            what = 3  # each life begins at zero, and is to come further than the one before
+        if what < 2:
+            names = [one.name for one in here.news.workers if one.pid and (one.name == "a#0") == (what == 0)]
+            killed += what
+            with suppress(ProcessLookupError, IndexError):  # it ended this instant, or none runs
+                os.kill(here.worker(dice.choice(names)), signal.SIGKILL)
+        elif what == 2:
+            row = "1" + "".join(dice.choice("1-") for _ in range(2))
+            killed += 2  # at most: those that are taken away are killed
+            here.layout = relay(spec, here.layout, seats(a="1", b=row))
+            await here.follow()
+        else:
+            await here.follow(leaving=tuple(name for name in ("b#1", "b#2") if dice.random() < 0.5))
+        await asyncio.sleep(dice.random() * 0.05)
+    here.layout = relay(spec, here.layout, seats(a="1", b="111"))
+    await here.follow()
+    await here.follow(ends=frozenset({"e0-a-b"}))
+    await here.until(lambda news: {("b", 0), ("b", 1), ("b", 2)} <= set(news.ended), "b ended")
+    await here.follow(ends=frozenset({"e0-a-b", RESULTS, REPLIES}))
+    async with asyncio.timeout(10):
+        await reading
+    assert set(found) == set(range(COUNT)) and len(found) <= COUNT + killed
+    assert here.news.failed == "" and here.lost == []
+    await here.stop()

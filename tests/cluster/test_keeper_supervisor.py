@@ -210,6 +210,7 @@ def test_what_leaves_is_no_room() -> None:
 
 def test_a_node_with_room_only_starts_with_the_first_frame_and_ends_with_the_stream() -> None:
     machine = make(plan("b", 2), plan("b", 3), spec=SCALED)
+    assert machine.state == "running"  # or nobody would measure
     assert machine.up and machine.handle(LOAD, 1.0) == [] and machine.ended() == ()
     assert machine.handle(ev.Load("b", 0.0, 0.0, 1), 2.0)[-1] == ev.StartWorker("b#2", 1)
     machine = make(plan("b", 2), plan("b", 3), spec=SCALED)

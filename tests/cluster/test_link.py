@@ -16,7 +16,7 @@ from tests.cluster.test_mirror import Pair, balanced, emit, everything, mixed, s
 from upipe.cluster import routes, tls
 from upipe.cluster.lines import Lines
 from upipe.cluster.link import Link
-from upipe.cluster.opening import Opening
+from upipe.cluster.opening import Opening, feed
 from upipe.cluster.records import Hello, Ping, encode, mirror_key
 from upipe.cluster.server import Call
 
@@ -159,3 +159,34 @@ async def test_lines_of_two_processes_meet_over_the_guard_which_proves_who_diall
         dialling.close()
         accepting.close()
     pair.close()
+
+
+async def test_greetings_are_remembered_up_to_a_bound_and_the_oldest_of_nobody_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("upipe.cluster.link.MOST_HELLOS", 3)
+    link, heard = Link(), []
+
+    class End:
+        def __init__(self, name: str) -> None:
+            self.key = mirror_key(name)
+
+        def connected(self, link: Link) -> None:
+            pass
+
+        disconnected = connected
+
+        def heard(self, link: Link, record: Any) -> None:
+            heard.append(record.id)
+
+    def greeted(*names: str) -> None:
+        for name in names:
+            feed(link, encode(Hello(mirror_key(name), 0, 1, 1, 64, 0, 0, 0, 1, name)))
+
+    greeted("a", "b", "c", "a", "d")
+    for name in "abcd":
+        link.add(End(name))  # type: ignore[arg-type]
+    assert heard == ["a", "c", "d"]
+    greeted("e")
+    assert link._why.startswith("the other end names more than 3 mirrors")
+    link.connection_lost(None)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from tests.cluster.agent_support import until
 from tests.cluster.nodes import Nodes, nodes_of
 from upipe.cluster import routes, wire
 from upipe.graph.spec import EdgeSpec, PipeSpec, ProcessorSpec
@@ -69,12 +70,9 @@ def lines(path: Path) -> list[int]:
 
 
 async def nothing_left(nodes: Nodes) -> None:
-    async with asyncio.timeout(20):
-        while nodes.keepers():
-            await asyncio.sleep(0.05)
-        for node in nodes.agents:
-            while any((nodes.data(node) / "parts").iterdir()):
-                await asyncio.sleep(0.05)
+    await until(lambda: not nodes.keepers(), 20)
+    for node in nodes.agents:
+        await until(lambda node=node: not any((nodes.data(node) / "parts").iterdir()), 20)
 
 
 @pytest.mark.parametrize("middle", ["n0", "n1"])
@@ -97,9 +95,7 @@ async def test_an_agent_is_killed_and_restarted_and_its_workers_run_on(tmp_path,
     out, gate = tmp_path / "out", tmp_path / "gate"
     async with nodes_of(2, tmp_path) as nodes:
         await nodes.submit(0, chain("n1"), functions(out, 1000, gate))
-        async with asyncio.timeout(20):
-            while len(lines(out)) < 50:
-                await asyncio.sleep(0.05)
+        await until(lambda: len(lines(out)) >= 50, 20)
         before = pids(nodes)
         assert len(before) == 3
         nodes.kill(killed)
@@ -139,9 +135,7 @@ async def test_sigterm_on_the_only_node_keeps_workers_for_the_next_agent(tmp_pat
     out, gate = tmp_path / "out", tmp_path / "gate"
     async with nodes_of(1, tmp_path) as nodes:
         await nodes.submit(0, chain("n0"), functions(out, 500, gate))
-        async with asyncio.timeout(20):
-            while len(lines(out)) < 50:
-                await asyncio.sleep(0.05)
+        await until(lambda: len(lines(out)) >= 50, 20)
         before = pids(nodes)
         assert nodes.kill(0, signal.SIGTERM) == 0
         assert pids(nodes) == before
@@ -159,9 +153,7 @@ async def test_a_pipe_is_stopped_from_the_other_node(tmp_path):
     out, gate = tmp_path / "out", tmp_path / "gate"
     async with nodes_of(2, tmp_path) as nodes:
         await nodes.submit(0, chain("n1"), functions(out, 500, gate))
-        async with asyncio.timeout(20):
-            while len(lines(out)) < 50:
-                await asyncio.sleep(0.05)
+        await until(lambda: len(lines(out)) >= 50, 20)
         info = await nodes.call(1, routes.STOP, wire.Stopping(1.0), pipe="chain-1")
         assert info.told.state == "stopped"
         assert (await nodes.ended(0, "chain-1", 20)).told.state == "stopped"
@@ -184,3 +176,44 @@ async def test_a_missing_package_fails_the_pipe_with_its_name(tmp_path):
         assert info.told.state == "failed"
         assert "no-such-thing==1.0" in info.told.reasons[0] and nodes.id(0) in info.told.reasons[0]
         assert not os.listdir(nodes.data(0) / "pipes")
+
+
+async def test_a_second_sigterm_ends_at_once_and_the_next_agent_goes_on(tmp_path):
+    out, gate = tmp_path / "out", tmp_path / "gate"
+    async with nodes_of(2, tmp_path) as nodes:
+        info = await nodes.submit(0, chain("n1"), functions(out, 500, gate))
+        await until(lambda: len(lines(out)) >= 50, 20)
+        nodes.agents[1].send_signal(signal.SIGTERM)
+        assert info.seats["double"] == (nodes.id(1),)
+        nodes.agents[1].send_signal(signal.SIGTERM)  # its only worker is pinned there: it could never move
+        assert nodes.agents[1].wait(10) == 0
+        assert "ends at once" in nodes.said(1)
+        nodes.start(1)
+        gate.touch()
+        info = await nodes.ended(0, "chain-1")
+        assert info.told.state == "completed"
+        balanced(info, 500)
+
+
+async def test_draining_moves_workers_that_may_run_elsewhere(tmp_path):
+    out, gate = tmp_path / "out", tmp_path / "gate"
+    async with nodes_of(2, tmp_path) as nodes:
+        spec = chain("n1")
+        place = Place(how="spread")
+        free = [msgspec.structs.replace(one, place=place) if one.name == "double" else one for one in spec.processors]
+        free[1] = msgspec.structs.replace(free[1], workers=2)
+        spec = msgspec.structs.replace(spec, processors=tuple(free))
+        info = await nodes.submit(0, spec, functions(out, 500, gate))
+        assert set(info.seats["double"]) == {nodes.id(0), nodes.id(1)}
+        await until(lambda: len(lines(out)) >= 50, 20)
+        nodes.agents[1].send_signal(signal.SIGTERM)
+        await until(lambda: nodes.agents[1].poll() is not None, 20)
+        assert nodes.agents[1].returncode == 0
+        assert "go on without an agent" not in nodes.said(1), nodes.said(1)
+        assert set((await nodes.info(0, "chain-1")).seats["double"]) == {nodes.id(0)}
+        gate.touch()
+        info = await nodes.ended(0, "chain-1")
+        assert info.told.state == "completed"
+        balanced(info, 500)
+        assert sorted(lines(out)) == [2 * number for number in range(500)]
+        await until(lambda: not nodes.keepers(), 20)

@@ -9,6 +9,7 @@ import pytest
 
 from tests.memq.helpers import Memory
 from upipe.errors import FrameCorrupt
+from upipe.memq.layout import PRODUCERS
 from upipe.memq.queue import MemQ
 from upipe.memq.stats import QueueStats
 
@@ -96,3 +97,31 @@ def test_every_field_is_documented():
     for name in QueueStats.__struct_fields__:
         at = next(i for i, line in enumerate(source) if line.strip().startswith(f"{name}:"))
         assert source[at + 1].strip().startswith('"""'), name
+
+
+def test_where_a_queue_stands_and_who_may_still_put():
+    with MemQ(4096, supervised=True) as q:
+        q.never_end()
+        hold = PRODUCERS - 1
+        assert q.standing(hold) == (True, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+        assert not q.standing(0)[0]
+        q.declare_producer(3)
+        assert not q.standing(hold)[0]
+        q.use_producer(3)
+        q.put_many([1, 2, 3])
+        assert not q.standing(hold)[0]
+        q.get()
+        q.take()
+        q.finish(dead=True)
+        q.close_producer(3)
+        assert q.standing(hold) == (True, 128, 192, 3, 1, 1, 0, 0, 0, 24)
+
+
+def test_when_a_frame_was_written_is_known_until_it_is_over():
+    with MemQ(4096) as q:
+        before = time.time_ns()
+        q.put(1)
+        assert before - 10**7 <= q.written(0) <= time.time_ns()
+        assert q.written(64) == q.written(1) == q.written(1 << 40) == 0
+        q.get()
+        assert q.written(0) == 0

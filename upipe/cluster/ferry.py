@@ -20,7 +20,8 @@ from upipe.cluster.dealings import QueueState
 from upipe.cluster.gate import Gate, Tail
 from upipe.cluster.layout import HOLD, MirrorPlan, NodePlan, QueueHere
 from upipe.cluster.lines import Lines
-from upipe.cluster.mirror import AGAIN, Mirror, MirrorSink, MirrorSource
+from upipe.cluster.mirror import Mirror, MirrorSink, MirrorSource
+from upipe.cluster.mirror_end import AGAIN
 from upipe.cluster.passages import NONE, passages
 from upipe.cluster.record import Books
 from upipe.cluster.tail_watch import GLANCE, STEP, TailWatch

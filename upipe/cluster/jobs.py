@@ -29,9 +29,9 @@ import msgspec
 
 from upipe.cluster import archive, token, wire
 from upipe.cluster.job_process import PIECE, start_time, write_whole
-from upipe.cluster.reach import VARIABLE
 from upipe.cluster.server import Call, Handler, refuse
 from upipe.errors import ArchiveRefused
+from upipe.pipe import CLUSTER_VARIABLE
 
 MOST_RUNNING = 256
 MOST_ENDED = 64
@@ -194,7 +194,7 @@ class Jobs:
         return self.info(name)
 
     def _environment(self, request: wire.JobRequest) -> dict[str, str]:
-        own = {VARIABLE: self._address(), token.VARIABLE: str(self._token_file)}
+        own = {CLUSTER_VARIABLE: self._address(), token.VARIABLE: str(self._token_file)}
         return {**os.environ, "PYTHONUNBUFFERED": "1", **request.environment, **own}
 
     async def stop(self, job: str, deadline: float) -> wire.JobInfo:

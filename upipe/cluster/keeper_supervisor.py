@@ -148,7 +148,7 @@ class NodeSupervisor(Supervisor):
             return []
         if plan.index >= crew.spec.workers:
             self._idle.add(name)  # for autoscaling
-            return []
+            return self._up()
         commands = self._add(plan.processor, plan.index)
         if self.pipe.state != "draining" or plan.processor not in self._roots or crew.spec.kind in ("map", "class"):
             return commands

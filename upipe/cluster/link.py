@@ -41,7 +41,8 @@ SCRATCH = 1 << 16
 LARGE = 1 << 17
 """Bytes of a data record after which a large one is expected again: then only its header is read into the buffer."""
 MOST_HELLOS = 4096
-"""Mirrors whose Hello is remembered per link, for an end that comes later."""
+"""Mirrors whose Hello is remembered per link, for an end that comes later; beyond it the oldest that nobody here is of
+is forgotten."""
 
 _numbers = itertools.count(1)
 
@@ -318,11 +319,18 @@ class Link(asyncio.BufferedProtocol):
         if isinstance(record, Pong):
             return
         if isinstance(record, Hello):
-            if record.mirror not in self._hellos and len(self._hellos) >= MOST_HELLOS:
-                raise MirrorRefused(
-                    "too-many", f"the other end names more than {MOST_HELLOS} mirrors on one connection"
-                )
-            self._hellos[record.mirror] = record
+            self._remember(record)
         endpoint = self._endpoints.get(record.mirror)
         if endpoint is not None:
             endpoint.heard(self, record)
+
+    def _remember(self, hello: Hello) -> None:
+        known = self._hellos
+        known.pop(hello.mirror, None)  # the newest stand last
+        if len(known) >= MOST_HELLOS:
+            oldest = next((key for key in known if key not in self._endpoints), None)
+            if oldest is None:
+                text = f"the other end names more than {MOST_HELLOS} mirrors on one connection"
+                raise MirrorRefused("too-many", text)
+            del known[oldest]
+        known[hello.mirror] = hello

@@ -6,34 +6,24 @@ loop.
 
 Each has a handle of its own on its copy of the queue and closes it with itself. No task runs and no CPU is used while
 nothing moves: each end sleeps on its handle's bell, the source for frames, the sink for what is finished.
-
-What the queue cannot do now (a lock is held by a stopped process, no descriptor is left) troubles this mirror only: it
-leaves its link, says so, and greets anew after AGAIN seconds or on the next link.
 """
 
 from __future__ import annotations
 
-import asyncio
-import functools
-import logging
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
 
 from upipe.cluster import mirror_state
 from upipe.cluster.gate import Tail
 from upipe.cluster.link import Link
+from upipe.cluster.mirror_end import MirrorEnd, ignore, safe
 from upipe.cluster.mirror_state import (
     CloseStream,
     Command,
     Done,
-    Failed,
     Hole,
     Retire,
     Rewind,
-    SayEnd,
     SayHello,
-    SayRefusal,
-    SayResume,
     SayRetired,
     Sink,
     Source,
@@ -51,10 +41,9 @@ from upipe.cluster.records import (
     Skip,
     data_header,
     encode,
-    mirror_key,
 )
 from upipe.cluster.tail_watch import STEP, TailWatch
-from upipe.errors import MirrorRefused, UpipeError
+from upipe.errors import MirrorRefused
 from upipe.memq._ring import fingerprint
 from upipe.memq.queue import MemQ
 
@@ -64,168 +53,9 @@ LINGER = 0.001
 """Seconds until a source looks again after a run of MANY frames, instead of being rung: small frames then travel
 together, and their producers do not ring for each. A single frame is sent at once."""
 MANY = 16
-AGAIN = 1.0
-"""Seconds until a mirror in trouble greets again."""
-
-log = logging.getLogger("upipe.cluster")
-F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _ignore(*_: object) -> None:
-    pass
-
-
-def _safe(otherwise: Any) -> Callable[[F], F]:
-    """Of what a link or the event loop calls: a failure is this mirror's trouble, and theirs is `otherwise`."""
-
-    def wrap(method: F) -> F:
-        @functools.wraps(method)
-        def call(self: _MirrorEnd, *args: Any) -> Any:
-            try:
-                return method(self, *args)
-            except Exception as error:
-                self.troubled(error)
-                return otherwise
-
-        return cast(F, call)
-
-    return wrap
-
-
-class _MirrorEnd:
-    """What both ends have in common: the handle, the bell, doing what was decided."""
-
-    machine: Source | Sink
-    role = 0
-
-    def __init__(self, ring: MemQ, name: str) -> None:
-        self.name = name
-        self.key = mirror_key(name)
-        self.ring = ring
-        self.on_failed: Callable[[Failed], None] = _ignore
-        """Called once when this end cannot go on (its epoch is too old, the other copy is another queue's)."""
-        self.on_news: Callable[[], None] = _ignore
-        """Called when it stands elsewhere than before, for those who show it; often while frames flow."""
-        self.trouble = ""
-        """Why it does not go on now, although it may; "" when it does."""
-        self._again: asyncio.TimerHandle | None = None
-        self._loop = asyncio.get_running_loop()
-        self._links: dict[int, Link] = {}
-        self._timer: asyncio.TimerHandle | None = None
-
-    @property
-    def state(self) -> str:
-        """"open", "cut" (no link carries it now), "ended" or "failed", with the reason."""
-        if self.machine.failure is not None:
-            return f"failed: {self.machine.failure.text}"
-        if self.trouble:
-            return f"failed, tries again: {self.trouble}"
-        if self.is_over:
-            return "ended"
-        return "open" if self.machine.link is not None else "cut"
-
-    @property
-    def is_over(self) -> bool:
-        """The stream ended, and all of it is finished."""
-        raise NotImplementedError
-
-    @_safe(None)
-    def connected(self, link: Link) -> None:
-        self._links[link.number] = link
-        self._do(self.machine.connected(link.number))
-
-    @_safe(None)
-    def disconnected(self, link: Link) -> None:
-        self._links.pop(link.number, None)
-        self._do(self.machine.disconnected(link.number))
-        self.on_news()
-
-    def troubled(self, error: Exception) -> None:
-        """Something failed that shall not: leave the links, tell, and greet again after AGAIN seconds."""
-        text = f"{type(error).__name__}: {error}"
-        if text != self.trouble and not self.ring.is_closed:
-            log.error("mirror %s: %s", self.name, text, exc_info=None if isinstance(error, UpipeError) else error)
-        self.trouble = text
-        links = list(self._links.values())
-        self._links.clear()  # first: what follows must not fail again
-        for link in links:
-            link.remove(self)  # type: ignore[arg-type]
-        if self._again is None and not self.ring.is_closed:
-            self._again = self._loop.call_later(AGAIN, self._greet_again, links)
-        self.on_news()
-
-    @_safe(None)
-    def _greet_again(self, links: list[Link]) -> None:
-        self._again, self.trouble = None, ""
-        self._begin_again()
-        for link in links:
-            if not link.closed.done() and link.number not in self._links:
-                link.add(self)  # type: ignore[arg-type]
-
-    def _begin_again(self) -> None:
-        """After trouble."""
-
-    def close(self) -> None:
-        """Leave the links and the queue, which stays as it is: another mirror can go on by position. Idempotent."""
-        if self.ring.is_closed:
-            return
-        for link in list(self._links.values()):
-            link.remove(self)  # type: ignore[arg-type]
-        for timer in (self._timer, self._again):
-            if timer is not None:
-                timer.cancel()
-        self._sleep_no_more()
-        self.ring.close()
-
-    def _sleep_no_more(self) -> None:
-        raise NotImplementedError
-
-    def _do(self, commands: list[Command]) -> None:
-        for command in commands:
-            try:
-                self._one(command)
-            except MirrorRefused as refused:
-                self._do(self.machine.broke(refused.code, refused.message))
-                return
-
-    def _one(self, command: Command) -> None:
-        match command:
-            case SayHello(link):
-                self._say(link, self._hello())
-            case SayRefusal(link, code, text, epoch):
-                self._say(link, Refusal(self.key, code, text, epoch))
-            case SayEnd(link, position):
-                self._say(link, End(self.key, position))
-            case SayResume(link, position):
-                self._say(link, Resume(self.key, position))
-            case Failed():
-                log.error("mirror %s stops (%s): %s", self.name, command.code, command.text)
-                self.on_failed(command)
-                self.on_news()
-
-    def _say(self, number: int, record: Record) -> None:
-        link = self._links.get(number)
-        if link is not None:
-            link.say(record)
-
-    def _hello(self) -> Hello:
-        tail = self.ring.settled()[0] if self.role == SOURCE else 0
-        books = self.machine.allowed if isinstance(self.machine, Sink) else (tail, 0, 0)
-        machine = self.machine
-        return Hello(
-            self.key,
-            self.ring.head,
-            self.role,
-            machine.epoch,
-            machine.capacity,
-            *books,
-            machine.fingerprint,
-            self.name,
-            isinstance(machine, Sink) and machine.ended,
-        )
-
-
-class MirrorSource(_MirrorEnd):
+class MirrorSource(MirrorEnd):
     """Sends what is put into the queue to its sink copy, and retires what is finished there.
 
     Args:
@@ -242,9 +72,9 @@ class MirrorSource(_MirrorEnd):
     def __init__(self, ring: MemQ, name: str, epoch: int) -> None:
         tail = ring.mirror_source(epoch)
         self.machine: Source = Source(name, epoch, tail, ring.capacity, fingerprint()[1])
-        self.on_received: Callable[[MirrorSource], None] = _ignore
+        self.on_received: Callable[[MirrorSource], None] = ignore
         """Called when the sink copy has more (`received`)."""
-        self.on_done: Callable[[MirrorSource], None] = _ignore
+        self.on_done: Callable[[MirrorSource], None] = ignore
         """Called when the stream ended and everything is retired."""
         self._run = memoryview(b"")
         """Ring bytes from the cursor on, which are not sent yet."""
@@ -263,7 +93,7 @@ class MirrorSource(_MirrorEnd):
     def is_over(self) -> bool:
         return self.machine.done
 
-    @_safe(None)
+    @safe(None)
     def heard(self, link: Link, record: Record) -> None:
         machine, number = self.machine, link.number
         match record:
@@ -282,7 +112,7 @@ class MirrorSource(_MirrorEnd):
             case Refusal():
                 self._do(machine.refused(number, record))
 
-    @_safe(False)
+    @safe(False)
     def turn(self, link: Link) -> bool:
         if self.machine.link != link.number:
             return False
@@ -331,7 +161,7 @@ class MirrorSource(_MirrorEnd):
     def _sleep_no_more(self) -> None:
         self._loop.remove_reader(self._bell.fd)
 
-    @_safe(None)
+    @safe(None)
     def _rung(self) -> None:
         self._bell.drain()
         link = self._links.get(self.machine.link) if self.machine.link is not None else None
@@ -364,7 +194,7 @@ class MirrorSource(_MirrorEnd):
         pass
 
 
-class MirrorSink(_MirrorEnd):
+class MirrorSink(MirrorEnd):
     """Receives into the sink copy, and tells what is finished.
 
     Args:
@@ -381,7 +211,7 @@ class MirrorSink(_MirrorEnd):
         ring.mirror_sink(epoch)
         self.machine: Sink = Sink(name, epoch, ring.head, ring.capacity, fingerprint()[1])
         self.machine.ended = ring.stream_closed
-        self.on_settled: Callable[[MirrorSink], None] = _ignore
+        self.on_settled: Callable[[MirrorSink], None] = ignore
         """Called when more is finished here (`settled`); then allow() what may be told."""
         self.gated = gated
         self._ends = producer
@@ -398,13 +228,13 @@ class MirrorSink(_MirrorEnd):
     def is_over(self) -> bool:
         return self.machine.ended and self.machine.known >= self.machine.head
 
-    @_safe(None)
+    @safe(None)
     def allow(self, tail: Tail) -> None:
         """The source may retire up to here: everything that came of it left this host."""
         if self.machine.allow(tail.position, tail.dropped, tail.dead):
             self._tell(tail.position - self._told[1])
 
-    @_safe(None)
+    @safe(None)
     def heard(self, link: Link, record: Record) -> None:
         machine, number = self.machine, link.number
         match record:
@@ -429,7 +259,7 @@ class MirrorSink(_MirrorEnd):
             self._do(commands)
         return unwanted
 
-    @_safe(memoryview(b""))
+    @safe(memoryview(b""))
     def landing(self, most: int) -> memoryview:
         if self.machine.failure is not None:
             return memoryview(b"")
@@ -438,7 +268,7 @@ class MirrorSink(_MirrorEnd):
             self._do(self.machine.broke("malformed", f"mirror {self.name} sends more than its ring holds"))
         return place
 
-    @_safe(None)
+    @safe(None)
     def landed(self, count: int) -> None:
         try:
             published = self.ring.publish(self.machine.landed + count)
@@ -459,7 +289,7 @@ class MirrorSink(_MirrorEnd):
         elif self._timer is None:
             self._timer = self._loop.call_later(LINGER, self._tell_now)
 
-    @_safe(None)
+    @safe(None)
     def _tell_now(self) -> None:
         if self._timer is not None:
             self._timer.cancel()

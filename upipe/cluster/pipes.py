@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from upipe.cluster import wire
 from upipe.cluster.address import Address
 from upipe.cluster.ballot import MEMBER
@@ -319,8 +321,12 @@ class Pipes:
         if heard or entry.over_since + FORGET <= now:
             self._into_history(entry)
 
-    def _into_history(self, entry: Entry) -> None:
+    def _into_history(self, entry: Entry, told: TellClient | None = None) -> None:
+        """told: how it ended, by who knows; the record here may be older."""
         record, ballot = entry.record, entry.scheduler.ballot
+        if told is not None and record.state not in ENDED:
+            ending = {"state": told.state, "reasons": told.reasons, "books": told.books, "crews": told.crews}
+            record = msgspec.structs.replace(record, **ending)
         self.entries.pop(record.id, None)
         entry.close()
         self.history[record.id] = Save(record, ballot.promised, ballot.promised_to)
@@ -346,15 +352,17 @@ class Pipes:
         record = entry.record
         if record.coordinator == self.me or record.coordinator not in self._live():
             return
+        told: TellClient | None = None
         try:
             info = await self._peers.call(record.coordinator, PIPE, seconds=SAY_SECONDS, pipe=record.id)
-            over = info.closed
+            told = info.told if info.closed else None
         except NodeRefused as error:
-            over = error.status == 404
+            if error.status == 404:  # it has forgotten even the history
+                told = TellClient("stopped", ("its coordinator has forgotten it",))
         except ClusterError:
-            return
-        if over and entry.scheduler.ballot.role == MEMBER and entry.record.coordinator == record.coordinator:
-            self._into_history(entry)
+            pass
+        if told and entry.scheduler.ballot.role == MEMBER and entry.record.coordinator == record.coordinator:
+            self._into_history(entry, told)
 
     # ------------------------------------------------------------------ what agents say
 

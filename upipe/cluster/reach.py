@@ -27,9 +27,8 @@ from upipe.cluster.routes import MEMBERS, NODE
 from upipe.cluster.token import Secret
 from upipe.errors import ClusterError, NoAgent, NodeUnproven
 from upipe.memq.layout import LAYOUT_VERSION
+from upipe.pipe import CLUSTER_VARIABLE, LOCAL
 
-VARIABLE = "UPIPE_CLUSTER"
-"""Environment variable with HOST:PORT of the agent to use."""
 SOCKET = "node.sock"
 """Of an agent, in its data directory."""
 BROWSE = 2.0
@@ -85,7 +84,7 @@ async def reach(where: str = "auto", *, cluster: str = "", browse: Browse | None
             unproven = error if isinstance(error, NodeUnproven) else unproven
             tried.append(f"{told}: {error}")
     todo = "start one with `upipe-node`, or name one: HOST:PORT"
-    if where != "auto" or os.environ.get(VARIABLE):
+    if where != "auto" or os.environ.get(CLUSTER_VARIABLE, "auto") not in ("auto", LOCAL):
         todo = "is that the right address, and does `upipe-node` run there?"
     if unproven is not None:
         todo = "use the token of that cluster: $UPIPE_TOKEN_FILE or ~/.config/upipe/token"
@@ -95,10 +94,11 @@ async def reach(where: str = "auto", *, cluster: str = "", browse: Browse | None
 async def _candidates(
     where: str, secret: Secret, browse: Browse, tried: list[str]
 ) -> AsyncIterator[tuple[str, Target]]:
-    if where != "auto" or os.environ.get(VARIABLE):
-        named = where if where != "auto" else os.environ[VARIABLE]
+    told = os.environ.get(CLUSTER_VARIABLE, "")
+    named = where if where != "auto" else "" if told in ("auto", LOCAL) else told
+    if named:
         address = parse(named)
-        yield named if where != "auto" else f"${VARIABLE}={named}", Target(address.host, address.port)
+        yield named if where != "auto" else f"${CLUSTER_VARIABLE}={named}", Target(address.host, address.port)
         return
     own = default_data_dir() / SOCKET
     if own.exists():

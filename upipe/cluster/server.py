@@ -267,10 +267,10 @@ class Server:
             return await self._worded(request, route, result)
         except NodeRefused as error:
             return _problem(Refusal(error.status, error.code, error.sentence))
+        except UpipeError as error:  # also what another node did not answer us: an OSError, but not of this connection
+            return _problem(Refusal(409, type(error).__name__, str(error)))
         except (ConnectionError, asyncio.CancelledError):
             raise
-        except UpipeError as error:
-            return _problem(Refusal(409, type(error).__name__, str(error)))
         except Exception:
             log.exception("handler %s failed", route.name)
             return _problem(Refusal(500, "internal", "This node failed; its log says why."))

@@ -128,7 +128,8 @@ class Hearing:
         assert held.server is not None
         held.unwatch(held.server.sock.fileno())
         held.server.close()
-        lost = [slot for slot in self.supervisor.slots.values() if slot.alive or slot.name in held.pidfds]
+        known = {*held.pidfds, *held.sockets}  # those that end already are among them
+        lost = [slot for slot in self.supervisor.slots.values() if slot.alive or slot.name in known]
         lost.sort(key=lambda slot: not slot.pid)  # those whose pid is not known give back what is left
         for slot in lost:
             if slot.name in held.pidfds:

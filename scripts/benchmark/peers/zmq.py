@@ -75,8 +75,9 @@ class Zmq(Transport):
     def open(self, work: Work, channels: int) -> None:
         folder = tempfile.mkdtemp(prefix="bench-zmq-")
         ports = free_ports(channels)
+        host = hosts.ADDRESSES[0] if work.hosts else "127.0.0.1"
         self.addresses = [
-            f"tcp://{hosts.ADDRESSES[0] if work.hosts else '127.0.0.1'}:{ports[one]}" if self.options.get("tcp") else f"ipc://{os.path.join(folder, str(one))}"
+            f"tcp://{host}:{ports[one]}" if self.options.get("tcp") else f"ipc://{os.path.join(folder, str(one))}"
             for one in range(channels)
         ]
 

@@ -1,0 +1,221 @@
+"""Pipes over agents whose keepers only pretend: submission, records, takeover, the submitting process, forgetting."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import msgspec
+import pytest
+
+from tests.cluster.agent_support import CLIENT, SPEC, FakeEngines, Node, running, start, until
+from upipe.cluster import routes, wire
+from upipe.cluster.dealings import NodeReport, QueueState
+from upipe.cluster.record import ENDED, Books, Shipment
+from upipe.errors import NodeRefused
+
+pytestmark = pytest.mark.slow
+
+
+def request(client: str = "", **changes) -> wire.PipeRequest:
+    return wire.PipeRequest("words-1", msgspec.structs.replace(SPEC, **changes), client=client)
+
+
+async def submit(node: Node, client: str = "") -> wire.PipeInfo:
+    async with node.client() as there:
+        return await there.call(routes.SUBMIT, request(client))
+
+
+def info(node: Node) -> wire.PipeInfo:
+    return node.agent.pipes.info("words-1")
+
+
+async def follows(node: Node, seconds: float = 5.0) -> None:
+    """Until its part follows the newest orders."""
+    def done() -> bool:
+        part = node.agent.parts.all.get("words-1")
+        return part is not None and part.followed == part.orders.fence > (0, 0)
+
+    await until(done, seconds)
+
+
+async def test_a_pipe_runs_on_two_nodes_completes_and_is_forgotten_by_all(tmp_path):
+    async with running(tmp_path, "left", "right", "third") as nodes:
+        left, right, _ = nodes
+        told = await submit(left)
+        assert told.seats == {"a": (left.id,), "b": (right.id,)}
+        assert set(told.members) == {node.id for node in nodes}
+        await follows(left)
+        await follows(right)
+        await until(lambda: info(left).told.up)
+        assert (await submit(left)).epoch == 1, "asked twice, run once"
+        left.engines.keepers["words-1"].end(("a", 0))
+        right.engines.keepers["words-1"].end(("b", 0))
+        for node in nodes:
+            await until(lambda node=node: "words-1" in node.agent.pipes.history, 10)
+            assert info(node).told.state == "completed" and info(node).closed
+            assert not node.agent.parts.all
+            assert not list((node.data.path / "parts").iterdir())
+            assert [path.name for path in (node.data.path / "records").iterdir()] == ["words-1@ended"]
+
+
+async def test_what_cannot_run_is_refused_with_reasons(tmp_path):
+    async with running(tmp_path, "left") as nodes, nodes[0].client() as client:
+        with pytest.raises(NodeRefused) as caught:
+            await client.call(routes.SUBMIT, request())
+        assert caught.value.code == "no_room" and "right" in caught.value.sentence
+        with pytest.raises(NodeRefused) as caught:
+            await client.call(routes.SUBMIT, request(processors=()))
+        assert caught.value.code == "no_pipe"
+        with pytest.raises(NodeRefused) as caught:
+            await client.call(routes.SUBMIT, msgspec.structs.replace(request(), shipment=Shipment({"a": "ab" * 32})))
+        assert caught.value.code == "contents_missing" and "ab" * 32 in caught.value.sentence
+        with pytest.raises(NodeRefused) as caught:
+            await client.call(routes.STOP, wire.Stopping(), pipe="nobody")
+        assert caught.value.status == 404
+        assert not list((nodes[0].data.path / "records").iterdir())
+
+
+async def test_a_coordinator_that_restarts_goes_on_with_the_same_keepers(tmp_path):
+    async with running(tmp_path, "left", "right") as nodes:
+        left, right = nodes
+        await submit(left)
+        await follows(left)
+        await follows(right)
+        survivors = left.engines.crew
+        await left.kill()
+        nodes[0] = left = await start(tmp_path, "left", right.seed, engines=FakeEngines(survivors))
+        await until(lambda: info(left).epoch == 2 and info(left).told.up, 10)
+        assert len(survivors.started) == len(right.engines.crew.started) == 1
+        assert info(left).seats == {"a": (left.id,), "b": (right.id,)}
+        left.engines.keepers["words-1"].end(("a", 0))
+        right.engines.keepers["words-1"].end(("b", 0))
+        await until(lambda: info(left).told.state == "completed" and info(left).closed, 10)
+
+
+async def test_another_agent_takes_over_from_a_dead_one(tmp_path):
+    async with running(tmp_path, "left", "right", "third") as nodes:
+        third = nodes[2]
+        await submit(third)
+        for node in nodes[:2]:
+            await follows(node)
+        await third.kill()
+        living = nodes[:2]
+        await until(lambda: any(node.agent.pipes.entries["words-1"].scheduler.coordinates for node in living), 15)
+        for node in living:
+            node.engines.keepers["words-1"].end(("a" if node is nodes[0] else "b", 0))
+        await until(lambda: all(info(node).told.state == "completed" for node in living), 10)
+        assert all(len(node.engines.crew.started) == 1 for node in living)
+
+
+async def test_a_lost_keeper_is_told_and_its_worker_begins_anew(tmp_path):
+    async with running(tmp_path, "left", "right") as nodes:
+        left, right = nodes
+        await submit(left)
+        await follows(right)
+        right.engines.keepers["words-1"].kill()
+        await until(lambda: len(right.engines.crew.started) == 2, 10)
+        await follows(right)
+        assert info(left).told.state == "running"
+
+
+async def test_stop_at_any_node_ends_it_everywhere(tmp_path):
+    async with running(tmp_path, "left", "right") as nodes:
+        left, right = nodes
+        await submit(left)
+        await follows(left)
+        await follows(right)
+        async with right.client() as client:
+            told = await client.call(routes.STOP, wire.Stopping(1.0), pipe="words-1")
+        assert told.told.state == "stopped" and told.coordinator == left.id
+        await until(lambda: not left.engines.crew.alive and not right.engines.crew.alive)
+        await until(lambda: info(left).closed, 10)
+
+
+async def test_the_submitting_process_gets_orders_reports_and_hears_the_end(tmp_path):
+    async with running(tmp_path, "left", "right") as nodes:
+        left, right = nodes
+        await submit(left, CLIENT.id)
+        async with left.client() as client, right.client() as other:
+            news = await client.call(routes.ATTEND, wire.Attendance(CLIENT.id), pipe="words-1")
+            assert news.orders is not None and news.orders.plan.node == CLIENT.id
+            assert set(news.nodes) == {left.id, right.id}
+            with pytest.raises(NodeRefused) as caught:
+                await other.call(routes.ATTEND, wire.Attendance(CLIENT.id), pipe="words-1")
+            assert caught.value.code == "not_coordinator"
+            with pytest.raises(NodeRefused) as caught:
+                await client.call(routes.ATTEND, wire.Attendance("00000000000000dd"), pipe="words-1")
+            assert caught.value.code == "other_node"
+            await follows(left)
+            await follows(right)
+            left.engines.keepers["words-1"].end(("a", 0))
+            right.engines.keepers["words-1"].end(("b", 0))
+            number, fence, plan = 0, (0, 0), None
+            async with asyncio.timeout(10):
+                while news.told.state not in ENDED:
+                    if news.orders is not None:
+                        fence, plan = news.orders.fence, news.orders.plan
+                    number += 1
+                    queues = {one.plan.name: QueueState(True, True, True, Books()) for one in plan.queues}
+                    report = NodeReport(CLIENT.id, number, fence, queues=queues, input_closed=True)
+                    asked = wire.Attendance(CLIENT.id, fence, news.number, report, 1.0)
+                    news = await client.call(routes.ATTEND, asked, pipe="words-1")
+            assert news.told.state == "completed"
+
+
+async def test_a_submitting_process_that_dies_ends_its_pipe(tmp_path):
+    async with running(tmp_path, "left", "right") as nodes:
+        left = nodes[0]
+        await submit(left, CLIENT.id)
+        await follows(left)
+        await follows(nodes[1])
+        await until(lambda: info(left).told.up)
+        client = left.client()
+        news = await client.call(routes.ATTEND, wire.Attendance(CLIENT.id), pipe="words-1")
+        asked = wire.Attendance(CLIENT.id, news.orders.fence, news.number, None, 20.0)
+        waiting = asyncio.create_task(client.call(routes.ATTEND, asked, pipe="words-1"))
+        await until(lambda: left.agent.pipes.entries["words-1"].desk._waiting == 1)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await client.close()
+        began = time.monotonic()
+        await until(lambda: info(left).told.state == "stopped", 8)
+        assert time.monotonic() - began > 3.0, "it has five seconds to come back"
+        assert "is gone" in info(left).told.reasons[0]
+
+
+async def test_a_report_for_a_pipe_that_is_over_is_answered_by_a_stop(tmp_path):
+    async with running(tmp_path, "left", "right") as nodes:
+        left, right = nodes
+        await submit(left)
+        await follows(right)
+        part, fence = right.agent.parts.all["words-1"], right.agent.parts.all["words-1"].orders.fence
+        async with left.client() as client:
+            await client.call(routes.STOP, wire.Stopping(1.0), pipe="words-1")
+        await until(lambda: "words-1" in left.agent.pipes.history, 10)
+        await until(lambda: "words-1" not in right.agent.parts.all, 10)
+        left.agent.pipes.reported("words-1", NodeReport(right.id, 1 << 40, fence, True))
+        ordered = []
+        right.agent.parts.order = lambda *told: ordered.append(told)
+        left.agent.pipes.reported("words-1", NodeReport(right.id, 2 << 40, fence, True))
+        await until(lambda: ordered)
+        assert ordered[0][1].plan is None and ordered[0][1].fence > fence
+        assert part.orders.plan is None
+
+
+async def test_metrics_tell_of_nodes_pipes_and_streams(tmp_path):
+    async with running(tmp_path, "left", "right") as nodes:
+        left, right = nodes
+        await submit(left)
+        await follows(left)
+        await follows(right)
+        await until(lambda: info(left).told.up)
+        async with left.client() as client:
+            text = (await client.fetch(routes.METRICS)).decode()
+            mirrors = await client.call(routes.MIRRORS)
+            one = await client.call(routes.MIRROR, mirror=mirrors.mirrors[0].mirror)
+        assert one == mirrors.mirrors[0]
+        assert 'upipe_nodes{state="alive"} 2.0' in text
+        assert 'upipe_pipes{state="running"} 1.0' in text
+        assert 'upipe_stream_frames_emitted_total{pipe="words-1",stream="e0-a-b"}' in text
+        assert f'upipe_mirror_lag_bytes{{mirror="{one.mirror}"}} 10.0' in text
