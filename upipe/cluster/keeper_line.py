@@ -82,9 +82,8 @@ class Line(asyncio.Protocol):
     # ------------------------------------------------------------------ as asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
-        self._transport = transport
-        transport.set_write_buffer_limits(high=0)
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
+        self._transport.set_write_buffer_limits(high=0)
         sock = transport.get_extra_info("socket")
         self.pid, self.uid = peer(sock)
         self._on_open(self)
