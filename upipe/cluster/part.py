@@ -222,6 +222,8 @@ class Part:
         assert self._keeper is not None
         self._plans[orders.fence] = orders.plan
         self._keeper.follow(orders.fence, orders.plan)
+        if self.news is not None and self.news.fence == orders.fence:
+            self._on_news(self.news)  # a keeper that was found again follows it already, and said so before we listened
 
     async def _end(self, orders: wire.Orders) -> None:
         await asyncio.to_thread(replace_file, self._path, msgspec.msgpack.encode(orders))
