@@ -62,6 +62,9 @@ class Means:
             raise self.unheard
         self.told.append(report)
 
+    async def keep_letters(self, pipe, letters):
+        self.kept = letters
+
     def orphaned(self, pipe: str) -> bool:
         return True
 
