@@ -4,10 +4,12 @@
                          ├── Pipes ── Ledger (records)
                          ├── Parts ── Part ─┬─ Keeper (a process of its own, survives us)
                          │                  └─ Ferry ── Lines (mirrors)
+                         ├── Jobs (scripts)
                          └── Store (contents)
 
-On disk, below the data directory (node_id.py): node.sock, audit/log, records/, parts/, pipes/, code/, modules/. After
-kill -9 the keepers and their workers go on; the next agent in that directory finds them, and opens mirrors anew.
+On disk, below the data directory (node_id.py): node.sock, audit/log, records/, parts/, pipes/, code/, modules/,
+jobs/.
+After kill -9 the keepers and their workers go on; the next agent in that directory finds them, and opens mirrors anew.
 
 How it ends. SIGTERM and SIGINT, and POST /v1/node/drain, mean: take nothing new, let workers that can run elsewhere
 move there, for at most drain_seconds; then say good-bye and end. What cannot move (the only node, a pinned worker, no
@@ -26,11 +28,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from upipe.cluster import member_events as events
+from upipe.cluster import token
 from upipe.cluster.address import Address
 from upipe.cluster.audit import Audit
 from upipe.cluster.errands import Errands
 from upipe.cluster.guard import Policy
-from upipe.cluster.handlers import Handlers, JobHandlers, LinesHandle, NoJobs
+from upipe.cluster.handlers import Handlers, LinesHandle
+from upipe.cluster.interfaces import WILDCARDS
+from upipe.cluster.jobs import Jobs
 from upipe.cluster.ledger import Ledger
 from upipe.cluster.link import Link
 from upipe.cluster.messages import Resources
@@ -144,6 +149,8 @@ class Agent:
         server.listen_unix(self._data.path / "node.sock")
         port = bound[0][1]
         self.neighbours.machine.info = self.settled.info(self.identity, port, self._found)
+        self.jobs.address = str(Address("127.0.0.1" if options.host in WILDCARDS else options.host, port))
+        self.jobs.load()
         await self.parts.start()
         self.pipes.start()
         self._say_hello(bound)
@@ -187,16 +194,16 @@ class Agent:
             lambda: machine.info, self._members, self.pipes.infos,
             lambda: [one for part in self.parts.all.values() for one in part.mirrors()],
         )  # fmt: skip
-        jobs = self._jobs()
-        self._open.append(jobs.close)
+        token_file = self.settled.options.token_file or token.place()
+        self.jobs = Jobs(self._data.path / "jobs", self.identity.node_id, "", token_file, self._content)
+        self._open.append(_later(self.jobs.close))
         return Handlers(
-            self.neighbours, self.pipes, self.parts, self.store, self.lines, jobs, self.credentials.derived, self.drain,
-            self.metrics.text,
+            self.neighbours, self.pipes, self.parts, self.store, self.lines, self.jobs, self.credentials.derived,
+            self.drain, self.metrics.text,
         )  # fmt: skip
 
-    def _jobs(self) -> JobHandlers:
-        """The seam for jobs: they need nothing but this agent's facts (identity, settled, store, parts)."""
-        return NoJobs()
+    async def _content(self, sha256: str) -> bytes | None:
+        return b"".join(self.store.read(sha256)) if self.store.has(sha256) else None
 
     async def _stop_server(self) -> None:
         await self._server.stop(1.0)

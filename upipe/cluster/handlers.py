@@ -1,12 +1,12 @@
 """What the agent answers: a handler for each line of the route table. They check who asks, and pass on.
 
-Jobs are handled elsewhere (a JobHandlers with its own five); until a node has some it answers 501.
+Those of jobs are in jobs.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,7 @@ import msgspec
 
 from upipe.cluster import messages, wire
 from upipe.cluster.dealings import Ask, Message, Replicate
+from upipe.cluster.jobs import Jobs
 from upipe.cluster.link import Link
 from upipe.cluster.member_events import LeftProperly
 from upipe.cluster.neighbours import Neighbours, clock
@@ -25,7 +26,6 @@ from upipe.cluster.store import Store
 TAIL = 0.2
 """Seconds between two looks for more output, while somebody follows it."""
 _PIECE = 1 << 16
-_JOBS = ("jobs", "run_job", "job", "logs", "stop_job")
 
 
 class LinesHandle(Protocol):
@@ -34,31 +34,6 @@ class LinesHandle(Protocol):
     def accepted(self, peer: str, link: Link) -> None: ...
     def forget(self, peer: str) -> None: ...
     def close(self) -> None: ...
-
-
-class JobHandlers(Protocol):
-    """Runs scripts that are submitted as jobs."""
-
-    def handlers(self) -> Mapping[str, Handler]:
-        """For the routes jobs, run_job, job, logs, stop_job."""
-
-    async def close(self) -> None:
-        """Let go of them."""
-
-
-class NoJobs:
-    """Of a node that runs none."""
-
-    def handlers(self) -> Mapping[str, Handler]:
-        """See JobHandlers."""
-
-        async def none(call: Call) -> None:
-            raise refuse(501, "no_jobs", "This node runs no jobs.")
-
-        return dict.fromkeys(_JOBS, none)
-
-    async def close(self) -> None:
-        """See JobHandlers."""
 
 
 class Handlers:
@@ -71,8 +46,8 @@ class Handlers:
     """
 
     def __init__(
-        self, neighbours: Neighbours, pipes: Pipes, parts: Parts, store: Store, lines: LinesHandle, jobs: JobHandlers,
-        derived: bool, drain: Callable[[float], None], metrics: Callable[[], bytes],
+        self, neighbours: Neighbours, pipes: Pipes, parts: Parts, store: Store, lines: LinesHandle,
+        jobs: Jobs, derived: bool, drain: Callable[[float], None], metrics: Callable[[], bytes],
     ) -> None:  # fmt: skip
         self._neighbours = neighbours
         self._pipes = pipes

@@ -92,7 +92,7 @@ class Jobs:
     Args:
         directory: DATA_DIR/jobs.
         node: id of this node.
-        address: HOST:PORT of this agent, for processes of this host.
+        address: HOST:PORT of this agent, for processes of this host; may be set until the first job runs.
         token_file: of the cluster's token.
         content: bytes of a content that this node holds; None when it does not.
     """
@@ -104,7 +104,7 @@ class Jobs:
         self.all: dict[str, Job] = {}
         self._directory = directory
         self._node = node
-        self._address = address
+        self.address = address
         self._token_file = token_file
         self._content = content
         self._starting = asyncio.Lock()
@@ -197,7 +197,7 @@ class Jobs:
         return self.info(name)
 
     def _environment(self, request: wire.JobRequest) -> dict[str, str]:
-        own = {CLUSTER_VARIABLE: self._address, token.VARIABLE: str(self._token_file)}
+        own = {CLUSTER_VARIABLE: self.address, token.VARIABLE: str(self._token_file)}
         return {**os.environ, "PYTHONUNBUFFERED": "1", **request.environment, **own}
 
     async def stop(self, job: str, deadline: float) -> wire.JobInfo:

@@ -24,8 +24,8 @@ from upipe.cluster.part import FerryHandle, KeeperHandle, Part, Unfit
 from upipe.cluster.peers import Peers
 from upipe.cluster.routes import CODE, REPORT
 from upipe.cluster.server import refuse
-from upipe.cluster.store import ArchiveRefused, Store
-from upipe.errors import ClusterError, NodeUnreachable
+from upipe.cluster.store import Store
+from upipe.errors import ArchiveRefused, ClusterError, NodeUnreachable
 
 if TYPE_CHECKING:
     from upipe.cluster.keeping import Job, KeeperNews
