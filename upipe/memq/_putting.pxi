@@ -98,12 +98,12 @@ cdef class Putter(Sleeper):
         return rc
 
     cdef int _room(self, uint64_t need) except -100:
-        """Under the producers' lock: is there room, with nothing dropped? Padding that no consumer passed goes. UP_OK
-        or UP_FULL."""
+        """Under the producers' lock: is there room, with nothing dropped? Padding that no consumer passed goes (and
+        gaps). UP_OK or UP_FULL."""
         cdef uint64_t before, pos, span
         if up_room(&self.r, need, 1) == UP_OK:
             return UP_OK
-        if self._nothing_waits() or up_kind(UP_LDA(up_state_at(&self.r, UP_LD(&self.r.c.next)))) != UP_ABORTED:
+        if self._nothing_waits() or up_kind(UP_LDA(up_state_at(&self.r, UP_LD(&self.r.c.next)))) < UP_ABORTED:
             return UP_FULL
         self._lock(self.r.c.consumer_lock)
         before = UP_LD(&self.r.c.tail)
@@ -230,6 +230,8 @@ cdef class Putter(Sleeper):
                 self._lock(self.r.c.producer_lock)
                 while k and up_room(&self.r, k * UP_GRANULE, k) != UP_OK:
                     k //= 2
+                if k:
+                    up_open(&self.r, k * UP_GRANULE)
                 for i in range(k):
                     up_put_inline_at(&self.r, &outs[done + i].m, i * UP_GRANULE)
                     bytes_ += outs[done + i].m.size

@@ -18,6 +18,8 @@ class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
     """Byte position before which everything is finished."""
     next: int
     """Byte position of the next frame to be taken."""
+    depth: int
+    """Bytes in use: those from tail to head, without the gaps that claims leave."""
     claimed: int
     """Frames that producers claimed, finished writes and not."""
     bytes: int
@@ -59,11 +61,6 @@ class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
     """Processes that joined. Each counts once, however many handles it has."""
     handles: int
     """Handles that joined, several of one process too; a queue has places for 512 (TooManyParticipants)."""
-
-    @property
-    def depth(self) -> int:
-        """Bytes in use."""
-        return self.head - self.tail
 
     @property
     def in_flight(self) -> int:
