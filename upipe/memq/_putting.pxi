@@ -1,7 +1,7 @@
 # Putter: putting frames.
 
 
-cdef class Putter(Sleeper):
+cdef class Putter(Pacer):
     """Putting frames."""
 
     cdef int _copy_in(self, uint64_t pos, Out *o, list parts, uint32_t *crc) except -1:
@@ -146,7 +146,9 @@ cdef class Putter(Sleeper):
     cdef int _put(self, Out *o, list parts, double timeout) except -100:
         """Put, waiting up to timeout seconds (inf = for ever). UP_OK, UP_REFUSED or UP_FULL."""
         cdef Waiting w
-        cdef int rc = self._try_put(o, parts)
+        cdef int rc
+        self._pace(up_need(o.m.size, o.m.flags), timeout)
+        rc = self._try_put(o, parts)
         if rc != UP_FULL:
             return rc
         _waiting(&w, 1, up_need(o.m.size, o.m.flags), timeout)

@@ -14,6 +14,7 @@ cdef class Ring(Mirrored):
         cdef uint64_t need = up_need(m.size, m.flags), pos = 0
         cdef int rc = UP_FULL
         self._fits(need)
+        self._pace(need, timeout)
         _waiting(&w, 1, need, timeout)
         try:
             while True:
