@@ -152,6 +152,36 @@ static void case_jump_at_random(void) {
     }
 }
 
+/* Who claims dies before head moved: there was no jump, and nobody may rely on its gap later. */
+static void case_jump_undone(void) {
+    up_ring base;
+    member m;
+    uint64_t pos[60], at, n = 0;
+    up_ring *r = open_jumper(&m, &base);
+    for (int i = 0; i < 2; i++) {
+        EQUAL(place(&m, JUMP_NEED, pos + i), UP_OK);
+        take_it(&m, pos[i], JUMP_NEED);
+    }
+    finish(&m, pos[0], UP_FINISHED);
+    at = pos[n++] = pos[1];
+    pid_t parent = getpid(), pid = fork();
+    if (!pid) {
+        die_with(parent);
+        lock(&m, r->c->producer_lock);
+        CHECK(up_jump(r, JUMP_NEED), "it does not jump");
+        raise(SIGKILL);
+    }
+    int status;
+    CHECK(waitpid(pid, &status, 0) == pid && WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL, "child: %x", (unsigned)status);
+    UP_ST(&r->c->mirror, UP_MIRROR_SINK); /* no other jump, so that head comes to where that one would have led */
+    while (n < 40 && place(&m, JUMP_NEED, pos + n) == UP_OK) n++;
+    EQUAL(n, JUMP_FIT);
+    for (uint64_t i = 1; i < n; i++) take_it(&m, pos[i], JUMP_NEED);
+    for (uint64_t i = 0; i < JUMP_NEED - UP_GRANULE; i++) EQUAL(up_payload(r, at)[i], (at / UP_GRANULE) & 0xff);
+    for (uint64_t i = 0; i < n; i++) finish(&m, pos[i], UP_FINISHED);
+    close_jumper(&m, &base);
+}
+
 /* Who dropped may have to put its frame elsewhere: with a policy, or a mirror, nothing jumps. */
 static void case_no_jump(void) {
     for (int k = 0; k < 2; k++) {
