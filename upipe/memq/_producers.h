@@ -126,6 +126,7 @@ static inline uint64_t up_jump(up_ring *r, uint64_t need) {
     UP_ST(&c->jump_from, head);
     UP_CRASH("jump");
     UP_ST(&c->jump_to, head + gap);
+    UP_CRASH("jumped");
     return gap;
 }
 
