@@ -46,7 +46,7 @@ class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
     max_depth: int
     """Most bytes in use that were seen."""
     full_waits: int
-    """Times a producer slept for room."""
+    """Times a producer slept for room, or to let a consumer that keeps up catch up."""
     empty_waits: int
     """Times a consumer slept for a frame."""
     oldest_ns: int
