@@ -1,4 +1,4 @@
-"""Large frames: placed in warm memory, and kept near a consumer that keeps up. Nothing of it may cost room, order or frames."""
+"""Large frames: in warm memory, and near a consumer that keeps up. Nothing of it may cost room, order or frames."""
 
 from __future__ import annotations
 
