@@ -64,7 +64,6 @@ class Keeper:
         self._hello: asyncio.Future[None] | None = None
         self._newest: bytes | None = None
         self._task: asyncio.Task[None] | None = None
-        self._sweep: asyncio.TimerHandle | None = None
         self._closed = False
 
     # ------------------------------------------------------------------ beginning
@@ -218,15 +217,23 @@ class Keeper:
             return None
 
     def close(self) -> None:
-        """The agent ends; the keeper lives on. Idempotent."""
+        """Let go of it: it lives on when the agent ends. One that said its last word is reaped when it has ended.
+        Idempotent."""
+        if self._closed:
+            return
         self._closed = True
         if self._task is not None:
             self._task.cancel()
-        if self._sweep is not None:
-            self._sweep.cancel()
         if self._line is not None:
             self._line.close()
             self._line = None
+        if self._pidfd >= 0 and self.news is not None and not self.news.present:
+            asyncio.get_running_loop().add_reader(self._pidfd, self._buried)
+        else:
+            self._unwatch()
+
+    def _buried(self) -> None:
+        self._reap()
         self._unwatch()
 
     def kill(self) -> None:
@@ -291,7 +298,7 @@ class Keeper:
         self.pid, self._newest = 0, None  # another life shall not begin with a plan of this one
         if self.news is None or self.news.present:
             segment.sweep()
-            self._sweep = asyncio.get_running_loop().call_later(SWEEP, segment.sweep)
+            asyncio.get_running_loop().call_later(SWEEP, segment.sweep)
             self._on_lost(f"the keeper of this pipe ended{status}: {self._last_line()}")
 
     async def _died(self, seconds: float) -> bool:
@@ -308,7 +315,7 @@ class Keeper:
             done, _ = await asyncio.wait([ended], timeout=seconds)
             return bool(done)
         finally:
-            if self._pidfd >= 0:
+            if self._pidfd >= 0 and not self._closed:  # else close() did, and may have put its own there
                 loop.remove_reader(self._pidfd)
 
     def _reap(self) -> str:
@@ -323,7 +330,9 @@ class Keeper:
         return f" (signal {-code})" if code < 0 else f" (exit status {code})"
 
     def _unwatch(self) -> None:
+        """Before the descriptor is closed nobody may wait for it any more: the next file gets its number."""
         if self._pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = -1
 

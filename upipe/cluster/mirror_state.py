@@ -312,6 +312,10 @@ class Sink(_End):
         self.ended = False
         self._gap: int | None = None
 
+    def restart(self, head: int, ended: bool) -> None:
+        """What was to be done to the copy was not: it stands here."""
+        self.head, self.landed, self.ended, self._gap = head, 0, ended, None
+
     def _greet(self, link: Link) -> list[Command]:
         return []  # the source asks first; a Hello that came before this end was there is heard when it is
 
