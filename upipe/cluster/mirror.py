@@ -155,7 +155,7 @@ class MirrorSource(MirrorEnd):
         return True
 
     def _begin_again(self) -> None:
-        self.machine.tail = self.ring.settled()[0]  # what could not be retired is told anew, and tried
+        self.machine.restart(self.ring.settled()[0])
 
     def _look_for_end(self) -> None:
         if self.ring.stream_closed and self.machine.end != self.ring.head:

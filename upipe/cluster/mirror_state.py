@@ -227,6 +227,10 @@ class Source(_End):
         """Whether data may be sent on `link`."""
         return self.link is not None
 
+    def restart(self, tail: int) -> None:
+        """What was to be retired was not: it ends here, and what the sink says of more is news again."""
+        self.tail, self.done = tail, False
+
     def _greet(self, link: Link) -> list[Command]:
         self.link, self.asked = None, link
         return [SayHello(link)]
