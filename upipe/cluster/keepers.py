@@ -137,6 +137,18 @@ class Keeper:
             ) from None
         return False
 
+    def _holder(self) -> int:
+        """A pidfd of the process that holds its lock, as the file says; -1: none does."""
+        try:
+            pid, start = map(int, (self.directory / "lock").read_text().split())
+            fd = os.pidfd_open(pid)
+        except (OSError, ValueError):
+            return -1
+        if segment.start_time(pid) == start:  # looked at after the pidfd was had: it is that very process
+            return fd
+        os.close(fd)
+        return -1
+
     def _lives(self) -> bool:
         """Whether somebody holds its lock."""
         try:
@@ -237,7 +249,9 @@ class Keeper:
         self._unwatch()
 
     def kill(self) -> None:
-        """End it, and all it has, at once: on_lost() follows."""
+        """End it, and all it has, at once: on_lost() follows, if it was found."""
+        if self._pidfd < 0:
+            self._pidfd = self._holder()
         if self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):  # it died this instant
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)

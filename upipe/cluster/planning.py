@@ -48,7 +48,8 @@ def planned(record: Record, view: View) -> Planned:
     """The next record; an equal one when there is nothing to do."""
     if record.state in ENDED:
         return Planned(record)
-    failed = tuple(one.failed for _, one in sorted(view.reports.items()) if one.failed)
+    counted = (one for node, one in sorted(view.reports.items()) if node not in record.evicted)  # not of a lost node
+    failed = tuple(one.failed for one in counted if one.failed)
     if failed or view.client_gone:
         state = "failed" if failed else "stopped"
         reasons = failed or ("the process that submitted it is gone",)
