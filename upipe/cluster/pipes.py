@@ -86,7 +86,8 @@ class Entry:
     timer: asyncio.TimerHandle | None = None
     said: tuple[str, str] = ("", "")
     over_since: float | None = None
-    ask_at: float = 0.0
+    asked: float = 0.0
+    """When its coordinator was last asked whether it is history."""
     stop_timer: asyncio.TimerHandle | None = None
 
     @property
@@ -346,8 +347,9 @@ class Pipes:
             await asyncio.sleep(ASK_ENDED)
             now = self._loop.time()
             for entry in list(self.entries.values()):
-                if entry.scheduler.ballot.role == MEMBER and not entry.awaited and entry.ask_at <= now:
-                    entry.ask_at = now + (ASK_ENDED if entry.record.state in ENDED else ASK_GOING)
+                pause = ASK_ENDED if entry.record.state in ENDED else ASK_GOING
+                if entry.scheduler.ballot.role == MEMBER and not entry.awaited and entry.asked + pause <= now:
+                    entry.asked = now
                     await self._ask(entry)
 
     async def _ask(self, entry: Entry) -> None:
