@@ -35,11 +35,12 @@ JOBS = Path(__file__).parent / "jobs"
 PORT = 7420
 
 
-def until(condition: Callable[[], object], seconds: float, what: str) -> float:
+def until(condition: Callable[[], object], seconds: float, what: str | Callable[[], str]) -> float:
     """Wait for a condition; returns the seconds it took."""
     began = time.monotonic()
     while not condition():
-        assert time.monotonic() - began < seconds, f"not within {seconds} s: {what}"
+        if time.monotonic() - began >= seconds:
+            raise AssertionError(f"not within {seconds:g} s: {what if isinstance(what, str) else what()}")
         time.sleep(0.02)
     return time.monotonic() - began
 

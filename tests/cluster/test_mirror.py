@@ -20,13 +20,13 @@ from tests.cluster.linking import dial, server
 from tests.cluster.proxy import Proxy
 from tests.memq.helpers import kill
 from upipe import MemQ
-from upipe.cluster import pulse
+from upipe.cluster import mirror_end, pulse
 from upipe.cluster.gate import Tail
 from upipe.cluster.link import Link
 from upipe.cluster.mirror import LINGER, MirrorSink, MirrorSource
 from upipe.cluster.records import DATA, Hello, data_header, encode, mirror_key
 from upipe.cluster.tail_watch import TailWatch
-from upipe.errors import EndOfStream, MirrorRefused, QueueError
+from upipe.errors import EndOfStream, MirrorRefused, QueueError, QueueStuck
 
 SIZE = 1 << 16
 pytestmark = pytest.mark.timeout(30)
@@ -388,6 +388,37 @@ async def test_dropped_frames_and_padding_are_holes_and_both_copies_go_on(pairs)
         await pair.done.wait()
         assert pair.source.stats().balanced
         assert copy.stats().balanced
+        link.close()
+
+
+@pytest.mark.parametrize("what", ["skip", "close_producer", "publish", "retire", "outgoing"])
+async def test_what_a_stopped_process_keeps_from_being_done_is_done_later(pairs, what, monkeypatch):
+    """It holds a lock of the queue, so that an operation fails; the end of the stream is the worst moment."""
+    monkeypatch.setattr(mirror_end, "AGAIN", 0.01)
+    pair = pairs(4096, policy="latest")
+    copy = pair.fresh_copy()
+    sink, source = pair.mirror_sink(), pair.mirror_source()
+    ring = source.ring if what in ("retire", "outgoing") else sink.ring
+    assert ring.patience == mirror_end.PATIENCE, "the agent does not wait longer"
+    real, stuck = getattr(ring, what), iter([True, True])
+
+    def method(*args):
+        if next(stuck, False):
+            raise QueueStuck(f"{what} of a queue whose lock is held")
+        return real(*args)
+
+    monkeypatch.setattr(ring, what, method)
+    async with server(lambda link: link.add(sink)) as port:
+        for number in range(5000):  # most of them are a hole
+            pair.put.send(number)
+        pair.source.close_producer(0)
+        link = await dial(port)
+        link.add(source)
+        assert (await everything(copy))[-1:] == [4999]
+        await pair.done.wait()
+        assert pair.source.stats().balanced
+        assert copy.stats().balanced
+        assert not pair.failed
         link.close()
 
 

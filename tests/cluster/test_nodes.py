@@ -185,6 +185,7 @@ async def test_a_second_sigterm_ends_at_once_and_the_next_agent_goes_on(tmp_path
         await until(lambda: len(lines(out)) >= 50, 20)
         nodes.agents[1].send_signal(signal.SIGTERM)
         assert info.seats["double"] == (nodes.id(1),)
+        await until(lambda: "drains" in nodes.said(1), 10)  # two signals that both wait are one
         nodes.agents[1].send_signal(signal.SIGTERM)  # its only worker is pinned there: it could never move
         assert nodes.agents[1].wait(10) == 0
         assert "ends at once" in nodes.said(1)

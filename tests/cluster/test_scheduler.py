@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from tests.cluster.test_placement import one, pipe
 from tests.cluster.world import World
-from upipe.cluster.dealings import DrainPipe, NodeReport, NodeUp, Reported, StopPipe
+from upipe.cluster.dealings import Arrange, DrainPipe, NodeReport, NodeUp, Reported, StopPipe, Tick
 from upipe.cluster.placement import Unplaceable
-from upipe.cluster.record import Record
+from upipe.cluster.planning import crews
+from upipe.cluster.record import Crew, Record
 from upipe.graph.spec import EdgeSpec, PipeSpec
 from upipe.settings import Place
 
@@ -334,3 +335,28 @@ def test_a_root_that_drives_itself_stays_on_a_node_that_drains_and_the_others_le
     world.settle(20)
     seats = healthy(world, spec).layout.placement.seats
     assert seats["a"] == (home,) and home not in seats["b"]
+
+
+def test_a_node_that_has_nothing_left_to_do_is_told_so_although_it_has_nothing_new_to_say() -> None:
+    """Its last report made the record without it; it says nothing again while nothing changes there."""
+    world = begun()
+    leader = world.leader
+    stays = NodeReport("9", 1 << 40, (1, 1), crews={"a": Crew(workers=1, restarts=3)})
+    leader.up["9"] = msgspec.structs.replace(leader.up["3"], id="9", draining=True)
+    leader.reports["9"] = stays
+    told = leader.handle(Tick(), 1e6)
+    assert Arrange("9", leader.record.fence, None) in told
+    assert not leader.finished
+    leader.handle(Reported(NodeReport("9", 2 << 40, leader.record.fence, present=False)), 1e6 + 1)
+    assert not [one for one in leader.handle(Tick(), 1e6 + 9) if isinstance(one, Arrange) and one.node == "9"]
+
+
+def test_what_crews_did_on_nodes_that_left_is_kept_and_they_do_not_run_any_more() -> None:
+    world = begun()
+    leader = world.leader
+    report = leader.reports["3"]
+    leader.reports["3"] = msgspec.structs.replace(report, crews={"a": Crew(workers=2, restarts=3)})
+    world.kill_node("3")
+    world.settle(60)
+    assert crews(leader.record, leader.reports.values())["a"].restarts == 3
+    assert leader.record.crews["a"].workers == 0

@@ -171,8 +171,8 @@ class Agent:
         peers, live = self.neighbours.peers, self.neighbours.live
         self.parts = Parts(
             me, self.identity.life, self._data.path, self.store, peers, lambda *told: self.pipes.reported(*told),
-            lambda pipe: pipe in self.pipes.entries, lambda: tuple(live()), self._engines.keeper,
-            lambda pipe, changed: self._engines.ferry(me, pipe, self.lines, changed),
+            lambda pipe: pipe in self.pipes.entries, lambda *asked: self.pipes.successor(*asked), lambda: tuple(live()),
+            self._engines.keeper, lambda pipe, changed: self._engines.ferry(me, pipe, self.lines, changed),
         )  # fmt: skip
         self._open.append(self.parts.close)
         self.pipes = Pipes(

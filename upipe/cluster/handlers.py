@@ -139,6 +139,7 @@ class Handlers:
     async def orders(self, call: Call) -> wire.Done:
         orders: wire.Orders = call.body
         self._proven(call, orders.coordinator)
+        self._pipes.ordered(call.parameters["pipe"], orders)
         self._parts.order(call.parameters["pipe"], orders)
         return wire.Done()
 

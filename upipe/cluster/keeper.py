@@ -79,6 +79,7 @@ class Keeper:
         orphaned.cancel()
         server.close()
         await self._last_words()
+        socket_path(self.directory).unlink(missing_ok=True)
         self.output.finish()
 
     def _line(self) -> Line:

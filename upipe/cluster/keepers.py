@@ -64,7 +64,6 @@ class Keeper:
         self._hello: asyncio.Future[None] | None = None
         self._newest: bytes | None = None
         self._task: asyncio.Task[None] | None = None
-        self._sweep: asyncio.TimerHandle | None = None
         self._closed = False
 
     # ------------------------------------------------------------------ beginning
@@ -137,6 +136,18 @@ class Keeper:
                 f"look at {self.output()}, or kill it: what it runs is then begun elsewhere"
             ) from None
         return False
+
+    def _holder(self) -> int:
+        """A pidfd of the process that holds its lock, as the file says; -1: none does."""
+        try:
+            pid, start = map(int, (self.directory / "lock").read_text().split())
+            fd = os.pidfd_open(pid)
+        except (OSError, ValueError):
+            return -1
+        if segment.start_time(pid) == start:  # looked at after the pidfd was had: it is that very process
+            return fd
+        os.close(fd)
+        return -1
 
     def _lives(self) -> bool:
         """Whether somebody holds its lock."""
@@ -218,19 +229,29 @@ class Keeper:
             return None
 
     def close(self) -> None:
-        """The agent ends; the keeper lives on. Idempotent."""
+        """Let go of it: it lives on when the agent ends. One that said its last word is reaped when it has ended.
+        Idempotent."""
+        if self._closed:
+            return
         self._closed = True
         if self._task is not None:
             self._task.cancel()
-        if self._sweep is not None:
-            self._sweep.cancel()
         if self._line is not None:
             self._line.close()
             self._line = None
+        if self._pidfd >= 0 and self.news is not None and not self.news.present:
+            asyncio.get_running_loop().add_reader(self._pidfd, self._buried)
+        else:
+            self._unwatch()
+
+    def _buried(self) -> None:
+        self._reap()
         self._unwatch()
 
     def kill(self) -> None:
-        """End it, and all it has, at once: on_lost() follows."""
+        """End it, and all it has, at once: on_lost() follows, if it was found."""
+        if self._pidfd < 0:
+            self._pidfd = self._holder()
         if self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):  # it died this instant
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
@@ -291,7 +312,7 @@ class Keeper:
         self.pid, self._newest = 0, None  # another life shall not begin with a plan of this one
         if self.news is None or self.news.present:
             segment.sweep()
-            self._sweep = asyncio.get_running_loop().call_later(SWEEP, segment.sweep)
+            asyncio.get_running_loop().call_later(SWEEP, segment.sweep)
             self._on_lost(f"the keeper of this pipe ended{status}: {self._last_line()}")
 
     async def _died(self, seconds: float) -> bool:
@@ -308,7 +329,7 @@ class Keeper:
             done, _ = await asyncio.wait([ended], timeout=seconds)
             return bool(done)
         finally:
-            if self._pidfd >= 0:
+            if self._pidfd >= 0 and not self._closed:  # else close() did, and may have put its own there
                 loop.remove_reader(self._pidfd)
 
     def _reap(self) -> str:
@@ -323,7 +344,9 @@ class Keeper:
         return f" (signal {-code})" if code < 0 else f" (exit status {code})"
 
     def _unwatch(self) -> None:
+        """Before the descriptor is closed nobody may wait for it any more: the next file gets its number."""
         if self._pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = -1
 

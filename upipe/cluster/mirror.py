@@ -154,6 +154,9 @@ class MirrorSource(MirrorEnd):
         self._run = view
         return True
 
+    def _begin_again(self) -> None:
+        self.machine.restart(self.ring.settled()[0])
+
     def _look_for_end(self) -> None:
         if self.ring.stream_closed and self.machine.end != self.ring.head:
             self._do(self.machine.ends(self.ring.head))
@@ -302,6 +305,8 @@ class MirrorSink(MirrorEnd):
             link.write(encode(machine.progress(self.key)))
 
     def _begin_again(self) -> None:
+        """The copy says where we stand: a hole or the end that it did not take has not come."""
+        self.machine.restart(self.ring.head, self.ring.stream_closed)
         self._tails.close()
         self._tails = TailWatch(self.ring, self._moved, self.troubled)
 

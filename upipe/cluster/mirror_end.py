@@ -29,6 +29,9 @@ from upipe.memq.queue import MemQ
 
 AGAIN = 1.0
 """Seconds until a mirror in trouble greets again."""
+PATIENCE = 0.05
+"""Seconds that a mirror waits for a lock of its queue, and the whole agent with it: who holds one does so for some
+microseconds, unless it was stopped. Longer keeps the agent from answering others, who take it for dead then."""
 
 log = logging.getLogger("upipe.cluster")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -65,6 +68,7 @@ class MirrorEnd:
         self.name = name
         self.key = mirror_key(name)
         self.ring = ring
+        ring.patience = PATIENCE
         self.on_failed: Callable[[Failed], None] = ignore
         """Called once when this end cannot go on (its epoch is too old, the other copy is another queue's)."""
         self.on_news: Callable[[], None] = ignore

@@ -227,6 +227,10 @@ class Source(_End):
         """Whether data may be sent on `link`."""
         return self.link is not None
 
+    def restart(self, tail: int) -> None:
+        """What was to be retired was not: it ends here, and what the sink says of more is news again."""
+        self.tail, self.done = tail, False
+
     def _greet(self, link: Link) -> list[Command]:
         self.link, self.asked = None, link
         return [SayHello(link)]
@@ -311,6 +315,10 @@ class Sink(_End):
         """The source has retired up to here."""
         self.ended = False
         self._gap: int | None = None
+
+    def restart(self, head: int, ended: bool) -> None:
+        """What was to be done to the copy was not: it stands here."""
+        self.head, self.landed, self.ended, self._gap = head, 0, ended, None
 
     def _greet(self, link: Link) -> list[Command]:
         return []  # the source asks first; a Hello that came before this end was there is heard when it is

@@ -96,6 +96,9 @@ class Means(Protocol):
     async def keep_letters(self, pipe: str, letters: list[DeadLetter]) -> None:
         """Of a pipe that ends here, for who asks later."""
 
+    def successor(self, pipe: str, epoch: int) -> str:
+        """Who coordinates the pipe after that epoch, as far as is known here; "" when nobody is known to."""
+
     def orphaned(self, pipe: str) -> bool:
         """Whether nobody here keeps the record of the pipe either."""
 
@@ -133,12 +136,16 @@ class Part:
         self._job: Job | None = None
         self._gone = True
         """No keeper lives here. Then only it may be reported that nothing is present."""
+        self._seeking = False
+        """After a restart: the keeper that may live here was not found yet."""
         self._stopped: Fence = (0, 0)
         """Of the stop that was obeyed."""
         self._heard: tuple[Any, ...] = ()
         """What the coordinator knows."""
         self._heard_at = 0.0
         self._unknown_since: float | None = None
+        self._successor = ""
+        """Who shall hear the reports, when the coordinator of the orders says that it is none any more."""
         self._wake = asyncio.Event()
         self._dirty = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -154,7 +161,7 @@ class Part:
         if orders.fence < self.orders.fence:
             return False
         if orders.fence > self.orders.fence:
-            self.orders = orders
+            self.orders, self._successor = orders, ""
             self._wake.set()
         self._heard = ()  # who says it again has not heard the report
         self._dirty.set()
@@ -165,15 +172,10 @@ class Part:
         """Whether a keeper of the pipe lives here, or is about to."""
         return not self._gone or self.orders.plan is not None
 
-    async def recover(self, orders: wire.Orders) -> None:
-        """After a restart of the agent: find the keeper again."""
-        self.orders, plan = orders, orders.plan
+    def recover(self, orders: wire.Orders) -> None:
+        """After a restart of the agent: find the keeper again. Nothing is reported before."""
+        self.orders, self._seeking = orders, True
         self._keeper = self._means.keeper(self.pipe, self._on_news, self._on_lost)
-        if await self._keeper.find():
-            self._gone = False
-        elif plan is not None:
-            self._on_lost("it was not found after a restart")
-            return
         self._wake.set()
 
     async def _follow_orders(self) -> None:
@@ -193,14 +195,38 @@ class Part:
             except (UpipeError, OSError) as error:
                 failures += isinstance(error, KeeperFailed)
                 if failures >= TRIES:
-                    self._fail(f"node {self._means.node}: {error}")
-                    done = orders.fence
+                    failures, done = 0, orders.fence
+                    self._failed_often(error)
                     continue
                 log.warning("pipe %s: %s; it is tried again", self.pipe, error)
                 await asyncio.sleep(AGAIN)
                 self._wake.set()
+            except Exception as error:  # a bug: said, or the pipe would hang without a word
+                log.exception("pipe %s: orders %s cannot be followed", self.pipe, orders.fence)
+                self._fail(f"node {self._means.node} failed inside, which is a bug of uPipe: {error!r}")
+                done = orders.fence
+
+    def _failed_often(self, error: Exception) -> None:
+        """A keeper that cannot be started fails the pipe; one that lives and does not answer is given up."""
+        if self._seeking and self._keeper is not None:
+            self._seeking = False
+            self._keeper.kill()
+            self._on_lost(f"it was killed: {error}")
+        else:
+            self._fail(f"node {self._means.node}: {error}")
+
+    async def _find(self) -> None:
+        assert self._keeper is not None
+        plan = self.orders.plan  # as it was on disk, or newer: then the keeper has missed it
+        if await self._keeper.find():
+            self._gone = False
+        elif plan is not None:
+            self._on_lost("it was not found after a restart")
+        self._seeking = False
 
     async def _follow(self, orders: wire.Orders) -> None:
+        if self._seeking:
+            await self._find()
         if orders.plan is None:
             await self._end(orders)
             return
@@ -212,6 +238,8 @@ class Part:
                 self._wake.set()  # newer ones came; nothing was begun for these
                 return
         await asyncio.to_thread(replace_file, self._path, msgspec.msgpack.encode(orders))
+        if self.lost:
+            return  # since just now
         self._ferry = self._ferry or self._means.ferry(self.pipe, self._dirty.set)
         self._ferry.release(orders.plan)
         if self._gone:
@@ -228,10 +256,11 @@ class Part:
     async def _end(self, orders: wire.Orders) -> None:
         await asyncio.to_thread(replace_file, self._path, msgspec.msgpack.encode(orders))
         self._release()
-        if self._gone or self._keeper is None:
+        if not self._gone and self._keeper is not None:
+            await self._means.keep_letters(self.pipe, await self._keeper.letters())  # they go with the keeper
+        if self._gone or self._keeper is None:  # perhaps since just now
             self._obeyed(orders.fence)
         else:
-            await self._means.keep_letters(self.pipe, await self._keeper.letters())  # they go with the keeper
             self._keeper.follow(orders.fence, None)
 
     def _release(self) -> None:
@@ -262,8 +291,8 @@ class Part:
 
     def _on_news(self, news: KeeperNews) -> None:
         self.news = news
-        if not news.present and self.orders.plan is None and news.fence >= self.orders.fence:
-            self._obeyed(news.fence)
+        if not news.present:
+            self._keeper_ended()
             return
         fence = (news.fence[0], news.fence[1])
         plan = self._plans.get(fence)
@@ -272,6 +301,14 @@ class Part:
             self.followed = fence
             self._plans = {one: kept for one, kept in self._plans.items() if one > fence}
         self._dirty.set()
+
+    def _keeper_ended(self) -> None:
+        """It obeyed a stop. The newest orders may be of a later one, which it can hear no more and which says the
+        same; or, from somebody who knew nothing of the stop, a plan."""
+        if self.orders.plan is None:
+            self._obeyed(self.orders.fence)
+        else:
+            self._on_lost("it obeyed a stop, and newer orders have a plan again")
 
     def _on_lost(self, why: str) -> None:
         log.error("pipe %s: its keeper on this node is lost: %s", self.pipe, why)
@@ -314,7 +351,7 @@ class Part:
                 log.debug("pipe %s: no report: %s", self.pipe, error)
 
     async def _tell(self) -> None:
-        report, coordinator = self.report(), self.orders.coordinator
+        report, coordinator = self.report(), self._successor or self.orders.coordinator
         if report is None or not coordinator:
             return
         news = (coordinator, *msgspec.structs.astuple(msgspec.structs.replace(report, number=0)))
@@ -339,6 +376,7 @@ class Part:
         """The coordinator knows no such pipe: it has ended and is forgotten. Then nobody else would end it here."""
         if error.status != 404:
             self._unknown_since = None
+            self._successor = self._means.successor(self.pipe, self.orders.fence[0])
             return
         if not report.present and not self.lost:
             self._over(self)

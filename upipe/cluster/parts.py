@@ -51,13 +51,15 @@ class Parts:
         peers: the other agents.
         reported: takes a report when this agent is the coordinator.
         known: whether this agent keeps a record of a pipe.
+        successor: who coordinates a pipe after an epoch, as far as that record tells, or "".
         others: nodes in use, for fetching contents.
         make_keeper, make_ferry: keepers.Keeper, and ferry.Ferry of (pipe, changed).
     """
 
     def __init__(
         self, node: str, life: int, directory: Path, store: Store, peers: Peers,
-        reported: Callable[[str, NodeReport], None], known: Callable[[str], bool], others: Callable[[], Iterable[str]],
+        reported: Callable[[str, NodeReport], None], known: Callable[[str], bool],
+        successor: Callable[[str, int], str], others: Callable[[], Iterable[str]],
         make_keeper: MakeKeeper, make_ferry: MakeFerry,
     ) -> None:  # fmt: skip
         self.node = node
@@ -68,6 +70,7 @@ class Parts:
         self._peers = peers
         self._reported = reported
         self._known = known
+        self._successor = successor
         self._others = others
         self._make_keeper = make_keeper
         self._make_ferry = make_ferry
@@ -91,7 +94,7 @@ class Parts:
                 continue
             part = self._new(path.name)
             self._store.pin(path.name, orders.shipment.contents)
-            await part.recover(orders)
+            part.recover(orders)
 
     async def close(self) -> None:
         """Let go of all; keepers go on. Idempotent."""
@@ -173,6 +176,10 @@ class Parts:
     def orphaned(self, pipe: str) -> bool:
         """See part.Means."""
         return not self._known(pipe)
+
+    def successor(self, pipe: str, epoch: int) -> str:
+        """See part.Means."""
+        return self._successor(pipe, epoch)
 
     def report(self, coordinator: str, pipe: str, report: NodeReport) -> Awaitable[None]:
         """See part.Means."""

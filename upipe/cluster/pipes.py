@@ -16,6 +16,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import msgspec
@@ -85,7 +86,8 @@ class Entry:
     timer: asyncio.TimerHandle | None = None
     said: tuple[str, str] = ("", "")
     over_since: float | None = None
-    ask_at: float = 0.0
+    asked: float = 0.0
+    """When its coordinator was last asked whether it is history."""
     stop_timer: asyncio.TimerHandle | None = None
 
     @property
@@ -287,7 +289,8 @@ class Pipes:
         if command.node == record.layout.client:
             entry.desk.put(record.epoch, orders=orders)
         elif command.node == self.me:
-            self._arrange_here(record.id, orders)
+            with suppress(NodeRefused):  # newer orders are known: we shall hear that another one coordinates
+                self._arrange_here(record.id, orders)
         else:
             self._orders.send(command.node, record.id, orders)
 
@@ -344,8 +347,9 @@ class Pipes:
             await asyncio.sleep(ASK_ENDED)
             now = self._loop.time()
             for entry in list(self.entries.values()):
-                if entry.scheduler.ballot.role == MEMBER and not entry.awaited and entry.ask_at <= now:
-                    entry.ask_at = now + (ASK_ENDED if entry.record.state in ENDED else ASK_GOING)
+                pause = ASK_ENDED if entry.record.state in ENDED else ASK_GOING
+                if entry.scheduler.ballot.role == MEMBER and not entry.awaited and entry.asked + pause <= now:
+                    entry.asked = now
                     await self._ask(entry)
 
     async def _ask(self, entry: Entry) -> None:
@@ -390,6 +394,21 @@ class Pipes:
             return self._enter(Scheduler(self.me, saved.record, saved.promised, saved.promised_to), patient=False)
         return self._enter(Scheduler(self.me, record), patient=False)
 
+    def ordered(self, pipe: str, orders: wire.Orders) -> None:
+        """A coordinator orders this node, which may have no part of the pipe that would know newer orders.
+
+        Raises:
+            NodeRefused: 409, the record here is of a later epoch.
+        """
+        if (successor := self.successor(pipe, orders.fence[0])) not in ("", orders.coordinator):
+            raise refuse(409, "stale", f"Pipe {pipe} is coordinated by {successor} now, in a later epoch.")
+
+    def successor(self, pipe: str, epoch: int) -> str:
+        """Who coordinates a pipe after `epoch`, as far as the record here tells; "" when it knows of no later one."""
+        entry = self.entries.get(pipe)
+        record = entry.record if entry is not None else self.history[pipe].record if pipe in self.history else None
+        return record.coordinator if record is not None and record.epoch > epoch else ""
+
     def reported(self, pipe: str, report: NodeReport) -> None:
         """A node says how a pipe is there.
 
@@ -410,7 +429,8 @@ class Pipes:
     def _end_there(self, pipe: str, node: str) -> None:
         orders = wire.Orders(self.history[pipe].record.fence, None, coordinator=self.me)
         if node == self.me:
-            self._arrange_here(pipe, orders)
+            with suppress(NodeRefused):
+                self._arrange_here(pipe, orders)
         else:
             self._orders.send(node, pipe, orders)
 

@@ -49,7 +49,8 @@ def planned(record: Record, view: View) -> Planned:
     """The next record; an equal one when there is nothing to do."""
     if record.state in ENDED:
         return Planned(record)
-    failed = tuple(one.failed for _, one in sorted(view.reports.items()) if one.failed)
+    counted = (one for node, one in sorted(view.reports.items()) if node not in record.evicted)  # not of a lost node
+    failed = tuple(one.failed for one in counted if one.failed)
     if failed or view.client_gone:
         state = "failed" if failed else "stopped"
         reasons = failed or ("the process that submitted it is gone",)
@@ -60,6 +61,7 @@ def planned(record: Record, view: View) -> Planned:
     step.place()
     step.move()
     step.prune()
+    step.depart()
     step.close_ends()
     step.complete()
     step.choose_members()
@@ -149,9 +151,8 @@ class _Step:
         }
         known = {node: since for node, since in self.record.evicted.items() if node not in obeyed}
         fresh = sorted(self.lost & set(self.layout.nodes()) - set(known))
-        gone = [report for node in fresh if (report := self.view.reports.get(node))]
-        crews = _sum(self.record.crews, (report.crews for report in gone))
-        self._change(evicted={**known, **dict.fromkeys(fresh, self.record.revision + 1)}, crews=crews)
+        self._change(evicted={**known, **dict.fromkeys(fresh, self.record.revision + 1)})
+        self._keep_crews(fresh)
 
     def place(self) -> None:
         before = self.before
@@ -218,6 +219,16 @@ class _Step:
                 books[lane.stream] = books.get(lane.stream, Books()) + states[lane.name].books
         self.layout = after
         self._change(layout=after, books=books)
+
+    def depart(self) -> None:
+        """Nodes that have nothing of the pipe any more: their keepers end, and what they counted goes with them."""
+        self._keep_crews(set(self.before.layout.nodes()) - set(self.layout.nodes()) - set(self.record.evicted))
+
+    def _keep_crews(self, nodes: Iterable[str]) -> None:
+        """What was told last of the crews on these nodes, none of whose workers counts as running now."""
+        gone = [report.crews for node in nodes if (report := self.view.reports.get(node))]
+        past = [{name: msgspec.structs.replace(crew, workers=0) for name, crew in one.items()} for one in gone]
+        self._change(crews=_sum(self.record.crews, past))
 
     def close_ends(self) -> None:
         ready = [one.name for one in streams(self.record.spec) if one.name not in self.record.ends and self._ready(one)]
@@ -289,7 +300,8 @@ def crews(record: Record, reports: Iterable[NodeReport]) -> dict[str, Crew]:
     """The crew of each processor, over all nodes; of those that are lost as far as it was told."""
     if record.state in ENDED:
         return record.crews
-    return _sum(record.crews, (report.crews for report in reports if report.node not in record.evicted))
+    here = set(record.layout.nodes()) - set(record.evicted)
+    return _sum(record.crews, (report.crews for report in reports if report.node in here))
 
 
 def _sum(first: Mapping[str, Crew], others: Iterable[Mapping[str, Crew]]) -> dict[str, Crew]:

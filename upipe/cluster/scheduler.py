@@ -123,6 +123,7 @@ class Scheduler:
         """The pipe has ended, and no living node has anything of it left: the record can be forgotten."""
         record = self.record
         left = [node for node in plans(record) if node in self.up] if record.state in ENDED else [""]
+        left += self._strays()
         known = [self.reports.get(node) for node in left]
         return all(one is not None and not one.present and one.fence >= record.fence for one in known)
 
@@ -207,12 +208,16 @@ class Scheduler:
             return []
         self._arranged = record.fence
         found = []
-        over = [node for node, report in self.reports.items() if report.present and node != record.layout.client]
-        for node, plan in sorted({**dict.fromkeys(over), **plans(record)}.items()):
+        for node, plan in sorted({**dict.fromkeys(self._strays()), **plans(record)}.items()):
             report = self.reports.get(node)
             if (node in self.up or node == record.layout.client) and (report is None or report.fence < record.fence):
                 found.append(Arrange(node, record.fence, plan))
         return list(found)
+
+    def _strays(self) -> list[str]:
+        """Nodes that have nothing to do for the pipe any more, and have not ended what they had of it."""
+        known = plans(self.record)
+        return [node for node, report in self.reports.items() if report.present and node in self.up and node not in known]
 
     def _tell(self) -> list[Command]:
         told = self.telling()

@@ -7,6 +7,7 @@ cdef class Handle:
     cdef int generation
     cdef bint closed, mapped, supervised
     cdef readonly bint allow_pickle
+    cdef public double patience   # seconds that an operation waits for a lock of the ring; then QueueStuck
     cdef public bint interrupted  # waits end at once, as if their time were over (a worker that drains)
     cdef int users                # operations, reservations and loans under way; close() leaves when they are done
     cdef uint64_t held            # position + 1 of the frame that take() holds, 0 = none
@@ -26,6 +27,7 @@ cdef class Handle:
         self.closed = False
         self.r.slot = UP_NONE
         self.r.producer = UP_NONE
+        self.patience = LOCK_PATIENCE
         self.spin[0] = self.spin[1] = SPIN_MAX // 4
 
     cdef _opened(self, str root, str label):
@@ -210,14 +212,14 @@ cdef class Handle:
         cdef int rc = up_trylock(&self.r, area)
         if rc != UP_OK:
             with nogil:
-                rc = up_lock(&self.r, area, LOCK_PATIENCE)
+                rc = up_lock(&self.r, area, self.patience)
             self._unstuck(rc)
         return 0
 
     cdef int _unstuck(self, int rc) except -1:
         """Raise for UP_STUCK: a lock was not had within the patience, here or in the C core."""
         if rc == UP_STUCK:
-            raise QueueStuck(f"a process holds a lock of queue {self.label} for more than {LOCK_PATIENCE:g} s; "
+            raise QueueStuck(f"a process holds a lock of queue {self.label} for more than {self.patience:g} s; "
                              "look for a stopped participant (ps -o pid,stat)")
         return 0
 

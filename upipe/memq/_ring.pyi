@@ -27,6 +27,7 @@ def fan_send(
 class Handle:
     allow_pickle: Final[bool]
     interrupted: bool
+    patience: float
     label: Final[str]
 
     def _create(

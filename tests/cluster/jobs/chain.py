@@ -1,10 +1,12 @@
 """numbers -> work (spread over all hosts) -> record (a ledger outside uPipe), on the cluster.
 
     chain.py --count 2000 --rate 400 --source h0 --sink h2 --work 4
+    chain.py --until FILE              go on until the file is there; how many there were is then in FILE.count
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import time
@@ -14,7 +16,10 @@ from upipe import Pipe, Place, Processor
 
 
 def numbers(*, config):
-    for number in range(config.count):
+    for number in itertools.count() if config.until else range(config.count):
+        if config.until and os.path.exists(config.until):
+            Path(f"{config.until}.count").write_text(str(number))
+            return
         yield number
         time.sleep(1 / config.rate)
 
@@ -53,6 +58,7 @@ async def main(arguments):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--cluster", default="auto")
+    parser.add_argument("--until", default="")
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--rate", type=float, default=400.0)
     parser.add_argument("--work", type=int, default=6)
