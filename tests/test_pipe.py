@@ -20,6 +20,7 @@ from tests.support import DEADLINE, QUICK, chain, collect, feed
 from upipe import CallTimeout, Pipe, PipeFailed, Processor, ProcessorError, RestartPolicy, Settings
 from upipe import pipe as pipe_module
 from upipe.errors import ClusterError, IllegalTransition, PipeError
+from upipe.graph.plan import host_problems
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -575,7 +576,7 @@ def test_what_a_cluster_needs_to_know_is_in_the_spec_and_says_nothing_here() -> 
     one = Processor("a", lambda value: value, resources={"memory": 2**30, "gpu": 1}, place=Place(hosts=("elsewhere",)))
     pipe = Pipe("p")
     pipe.add(one)
-    spec = pipe._prepare()[0].processors[0]
+    spec = pipe._prepare(host_problems, True)[0].processors[0]
     assert spec.needs == {"cpu": 0.1, "memory": 2**30, "gpu": 1} and spec.place.hosts == ("elsewhere",)
     assert hash(spec) == hash(spec)
     assert pipe.run(20).state == "completed"

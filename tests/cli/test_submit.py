@@ -14,7 +14,7 @@ from tests.cluster import agent_support as support
 from tests.cluster.agent_support import Node
 from tests.cluster.test_runner import cluster
 from upipe.cluster import token
-from upipe.cluster.reach import VARIABLE
+from upipe.pipe import CLUSTER_VARIABLE
 
 DEADLINE = 60.0
 pytestmark = pytest.mark.timeout(120)
@@ -42,7 +42,7 @@ async def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     monkeypatch.setenv(token.VARIABLE, str(support.token_file(tmp_path)))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # for scripts, where uPipe is not installed
     async with asyncio.timeout(DEADLINE), cluster(tmp_path, "one") as [found]:
-        monkeypatch.setenv(VARIABLE, found.seed)
+        monkeypatch.setenv(CLUSTER_VARIABLE, found.seed)
         yield found
 
 

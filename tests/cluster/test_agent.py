@@ -80,8 +80,8 @@ async def test_the_unix_socket_answers_without_tls(tmp_path):
     from upipe.cluster.client import Client, Target
 
     async with running(tmp_path, "a") as nodes:
-        async with Client(Target(unix=tmp_path / "a" / "node.sock"), Secret(bytes(range(32)))) as client:
-            assert (await client.call(routes.NODE)).info.node_id == nodes[0].id
+        client = Client(Target(unix=tmp_path / "a" / "node.sock"), Secret(bytes(range(32))))
+        assert (await ask(client)).info.node_id == nodes[0].id
 
 
 async def test_what_nodes_say_all_the_time_is_not_in_the_audit_log(tmp_path):

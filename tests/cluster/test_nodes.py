@@ -216,4 +216,4 @@ async def test_draining_moves_workers_that_may_run_elsewhere(tmp_path):
         assert info.told.state == "completed"
         balanced(info, 500)
         assert sorted(lines(out)) == [2 * number for number in range(500)]
-        assert not nodes.keepers()
+        await until(lambda: not nodes.keepers(), 20)

@@ -41,7 +41,7 @@ async def follows(node: Node, seconds: float = 5.0) -> None:
 
 async def test_a_pipe_runs_on_two_nodes_completes_and_is_forgotten_by_all(tmp_path):
     async with running(tmp_path, "left", "right", "third") as nodes:
-        left, right, third = nodes
+        left, right, _ = nodes
         told = await submit(left)
         assert told.seats == {"a": (left.id,), "b": (right.id,)}
         assert set(told.members) == {node.id for node in nodes}

@@ -13,8 +13,8 @@ from upipe.cluster import node_id, reach, token
 from upipe.cluster.address import Address
 from upipe.cluster.client import Client
 from upipe.cluster.member_events import Hint
-from upipe.cluster.reach import VARIABLE
 from upipe.errors import NoAgent, OptionInvalid, TokenError
+from upipe.pipe import CLUSTER_VARIABLE
 
 pytestmark = pytest.mark.timeout(60)
 NOWHERE = Hint((Address("127.0.0.1", 2),), "zeroconf", "ff" * 8)
@@ -28,7 +28,7 @@ async def nobody() -> list[Hint]:
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A host without agents, with the token of the tests."""
     monkeypatch.setenv(token.VARIABLE, str(support.token_file(tmp_path)))
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(CLUSTER_VARIABLE, raising=False)
     monkeypatch.setattr(reach, "default_data_dir", lambda: tmp_path / "nothing")
     monkeypatch.setattr(reach, "DEFAULT_PORT", 1)
 
@@ -40,7 +40,7 @@ async def test_the_one_that_is_named_or_stands_in_the_environment(
         found = await reach.reach(one.seed)
         assert found.node == one.id and found.credentials.identity.kind == "client"
         assert set(found.addresses) == {one.id, two.id} and str(found.addresses[two.id][0]) == two.seed
-        monkeypatch.setenv(VARIABLE, two.seed)
+        monkeypatch.setenv(CLUSTER_VARIABLE, two.seed)
         assert (await reach.reach("auto", browse=nobody)).node == two.id
         assert (await reach.reach(one.seed)).node == one.id  # what is named goes before
         with pytest.raises(NoAgent, match="is of the cluster 'upipe', and 'other' was asked for"):

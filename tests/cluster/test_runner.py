@@ -26,7 +26,11 @@ pytestmark = pytest.mark.timeout(120)
 async def cluster(folder: Path, *names: str) -> AsyncIterator[list[Node]]:
     engines: Any = RealEngines()
     async with support.running(folder, *names, engines=engines) as nodes:
-        yield nodes
+        try:
+            yield nodes
+        finally:  # keepers outlive agents, so these wait until there is none
+            parts = [node.agent.parts for node in nodes]
+            await support.until(lambda: not any(part.present for one in parts for part in one.all.values()), 20)
 
 
 @pytest.fixture(autouse=True)

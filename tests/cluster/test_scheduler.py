@@ -116,6 +116,7 @@ def test_a_draining_node_is_left_worker_by_worker_and_then_stopped() -> None:
         world.deliver(0)
         assert len(world.running()) == len(set(world.running()))
         seen.add(len(world.running()))
+    assert world.keepers["3"].plan is None, "it is told to end, though it has said nothing since all has moved"
     world.settle(10)
     assert healthy(world).layout.placement.nodes() == ("1", "2") and min(seen) >= 4
     assert "3" not in healthy(world).layout.nodes() and world.keepers["3"].plan is None

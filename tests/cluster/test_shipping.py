@@ -80,7 +80,8 @@ def test_equal_code_has_equal_hashes(place: Path) -> None:
         "def work(value):\n    import ours_c\n    return ours_c.VALUE",
         "import ours_c\ndef work(value): return ours_c.VALUE",
         "import ours_c\ndef helper(): return ours_c.VALUE\ndef work(value): return helper()",
-        "def work(value):\n    def inner():\n        from ours_c import VALUE\n        return VALUE\n    return inner()",
+        "def work(value):\n    def inner():\n        from ours_c import VALUE\n        return VALUE\n"
+        "    return inner()",
     ],
 )
 def test_a_function_of_main_takes_along_what_it_imports(place: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Pipes and scripts submitted to agents that are processes of their own, and what becomes of them when some are killed."""
+"""Pipes and scripts submitted to agents that are processes of their own, some of which are killed."""
 
 from __future__ import annotations
 

@@ -39,11 +39,16 @@ if TYPE_CHECKING:
 AGAIN = 1.0
 """Seconds after which a report that was not heard, or one of queues that go on, is sent again, and after which a failed
 step is tried again."""
+REMIND = 5.0
+"""Seconds after which even a report that was heard is said again: a coordinator may have forgotten it with its life."""
 GATHER = 0.005
 """Seconds in which changes gather for one report: shorter ends streams sooner, and sends more."""
 FAREWELL = 60.0
 """Seconds for which it is said that nothing is left, to a coordinator that does not answer. Who asks later is told
 without a part (parts.py)."""
+FORGOTTEN = 30.0
+"""Seconds for which a coordinator says that it knows no such pipe, and nobody here keeps its record, until the part ends
+by itself."""
 TRIES = 3
 """Of starting a keeper, before the pipe fails with the reason."""
 log = logging.getLogger("upipe.cluster")
@@ -132,6 +137,7 @@ class Part:
         """Of the stop that was obeyed."""
         self._heard: tuple[Any, ...] = ()
         """What the coordinator knows."""
+        self._heard_at = 0.0
         self._unknown_since: float | None = None
         self._wake = asyncio.Event()
         self._dirty = asyncio.Event()
@@ -216,6 +222,8 @@ class Part:
         assert self._keeper is not None
         self._plans[orders.fence] = orders.plan
         self._keeper.follow(orders.fence, orders.plan)
+        if self.news is not None and self.news.fence == orders.fence:
+            self._on_news(self.news)  # a keeper that was found again follows it already, and said so before we listened
 
     async def _end(self, orders: wire.Orders) -> None:
         await asyncio.to_thread(replace_file, self._path, msgspec.msgpack.encode(orders))
@@ -310,7 +318,7 @@ class Part:
         if report is None or not coordinator:
             return
         news = (coordinator, *msgspec.structs.astuple(msgspec.structs.replace(report, number=0)))
-        if news == self._heard:
+        if news == self._heard and self._loop.time() < self._heard_at + REMIND:
             self._settled(report)
             return
         try:
@@ -320,7 +328,7 @@ class Part:
         except ClusterError:
             pass
         else:
-            self._heard, self._unknown_since = news, None
+            self._heard, self._heard_at, self._unknown_since = news, self._loop.time(), None
             self._settled(report)
 
     def _settled(self, report: NodeReport) -> None:
@@ -337,7 +345,7 @@ class Part:
             return
         now = self._loop.time()
         self._unknown_since = now if self._unknown_since is None else self._unknown_since
-        if now - self._unknown_since > 30.0 and self._means.orphaned(self.pipe):
+        if now - self._unknown_since > FORGOTTEN and self._means.orphaned(self.pipe):
             epoch, revision = self.orders.fence
             self.order(wire.Orders((epoch, revision + 1), None, coordinator=self.orders.coordinator))
 

@@ -200,13 +200,15 @@ class Scheduler:
         return msgspec.structs.replace(record, state=self._wish)
 
     def _arrange(self, behind: bool = False) -> list[Command]:
-        """Tell the nodes what a record says that counts: once, or those that are behind."""
+        """Tell the nodes what a record says that counts: once, or those that are behind. A node that had something of
+        the pipe and has nothing in this record ends everything: nothing else tells one from which all has moved."""
         record = self.record
         if self._arranged == record.fence and not behind:
             return []
         self._arranged = record.fence
         found = []
-        for node, plan in sorted(plans(record).items()):
+        over = [node for node, report in self.reports.items() if report.present and node != record.layout.client]
+        for node, plan in sorted({**dict.fromkeys(over), **plans(record)}.items()):
             report = self.reports.get(node)
             if (node in self.up or node == record.layout.client) and (report is None or report.fence < record.fence):
                 found.append(Arrange(node, record.fence, plan))

@@ -1,0 +1,186 @@
+"""A part follows orders in order, tells what it knows, and survives failures of what it needs."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.agent_support import SPEC, FakeEngines, until
+from upipe.cluster import part as module
+from upipe.cluster import wire
+from upipe.cluster.dealings import NodeReport
+from upipe.cluster.keeping import Job
+from upipe.cluster.lanes import lay_out
+from upipe.cluster.layout import node_plan
+from upipe.cluster.part import Part, Unfit
+from upipe.cluster.placement import Placement
+from upipe.errors import KeeperFailed, NodeRefused, NodeUnreachable
+
+LAYOUT = lay_out(SPEC, Placement({"a": ("n1",), "b": ("n2",)}), "")
+
+
+def orders(revision: int, stop: bool = False) -> wire.Orders:
+    fence = (1, revision)
+    return wire.Orders(fence, None if stop else node_plan(SPEC, LAYOUT, "n1", fence), SPEC, coordinator="n2")
+
+
+class Means:
+    """Everything a part needs, and what it told."""
+
+    node = "n1"
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.engines = FakeEngines()
+        self.told: list[NodeReport] = []
+        self.errors: list[Exception] = []
+        """Raised one after the other by what is asked."""
+        self.unheard: Exception | None = None
+        self._numbers = itertools.count(1 << 32)
+
+    def number(self) -> int:
+        return next(self._numbers)
+
+    def keeper(self, pipe: str, news: Any, lost: Any) -> Any:
+        return self.engines.keeper(self.directory / pipe, news, lost)
+
+    def ferry(self, pipe: str, changed: Any) -> Any:
+        return self.engines.ferry("n1", pipe, None, changed)
+
+    async def prepare(self, pipe: str, orders: wire.Orders) -> Job:
+        if self.errors:
+            raise self.errors.pop(0)
+        return Job(pipe, SPEC, {}, {})
+
+    async def report(self, coordinator: str, pipe: str, report: NodeReport) -> None:
+        assert coordinator == "n2"
+        if self.unheard is not None:
+            raise self.unheard
+        self.told.append(report)
+
+    async def keep_letters(self, pipe, letters):
+        self.kept = letters
+
+    def orphaned(self, pipe: str) -> bool:
+        return True
+
+
+@pytest.fixture
+async def made(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "AGAIN", 0.01)
+    means, gone = Means(tmp_path), []
+    part = Part("p", tmp_path / "orders", means, gone.append)
+    yield part, means, gone
+    await part.close()
+
+
+async def test_orders_are_followed_and_reported_and_older_ones_refused(made):
+    part, means, gone = made
+    assert part.report() is None
+    assert part.order(orders(3))
+    await until(lambda: means.told)
+    told = means.told[-1]
+    assert (told.fence, told.present, told.up, set(told.queues)) == ((1, 3), True, True, set(told.queues)) and told.queues
+    assert means.engines.ferries["p"].calls[:2] == ["release", "follow"]
+    assert not part.order(orders(2))
+    assert part.order(orders(4))
+    await until(lambda: means.told[-1].fence == (1, 4))
+    assert len(means.engines.crew.started) == 1
+    assert part.order(orders(5, stop=True))
+    await until(lambda: gone)
+    assert (means.told[-1].fence, means.told[-1].present) == ((1, 5), False)
+    assert [one.number for one in means.told] == sorted({one.number for one in means.told})
+
+
+async def test_of_many_orders_only_the_newest_has_to_be_followed(made):
+    part, means, _ = made
+    for revision in range(1, 50):
+        part.order(orders(revision))
+    await until(lambda: means.told and means.told[-1].fence == (1, 49))
+    assert len(means.engines.crew.started) == 1
+
+
+async def test_what_cannot_be_fetched_yet_is_tried_again_and_what_cannot_run_is_told(made):
+    part, means, _ = made
+    means.errors = [NodeUnreachable("not now"), NodeUnreachable("not now")]
+    part.order(orders(1))
+    await until(lambda: means.told)
+    assert means.told[-1].fence == (1, 1) and not means.told[-1].failed
+    part.order(orders(2, stop=True))
+    await until(lambda: not means.told[-1].present)
+    means.errors = [Unfit("node n1 lacks the package x")]
+    part.order(orders(3))
+    await until(lambda: means.told[-1].failed == "node n1 lacks the package x")
+
+
+async def test_a_keeper_that_does_not_start_fails_the_pipe_after_some_tries(made):
+    part, means, _ = made
+    means.errors = [KeeperFailed("no memory")] * module.TRIES
+    part.order(orders(1))
+    await until(lambda: means.told)
+    assert "no memory" in means.told[-1].failed and "n1" in means.told[-1].failed
+
+
+async def test_a_lost_keeper_is_told_until_a_stop_is_obeyed(made):
+    part, means, _ = made
+    part.order(orders(1))
+    await until(lambda: means.told)
+    means.engines.keepers["p"].kill()
+    await until(lambda: means.told[-1].lost)
+    assert not means.told[-1].present
+    part.order(orders(2))
+    await asyncio.sleep(0.05)
+    assert means.told[-1].lost and len(means.engines.crew.started) == 1, "a plan does not bring back what is lost"
+    part.order(orders(3, stop=True))
+    await until(lambda: means.told[-1].fence == (1, 3) and not means.told[-1].lost)
+    part.order(orders(4))
+    await until(lambda: means.told[-1].fence == (1, 4) and means.told[-1].present)
+    assert len(means.engines.crew.started) == 2
+
+
+async def test_a_report_that_was_not_heard_is_said_again(made):
+    part, means, _ = made
+    means.unheard = NodeUnreachable("cut")
+    part.order(orders(1))
+    await until(lambda: part.followed == (1, 1))
+    await asyncio.sleep(0.05)
+    means.unheard = None
+    await until(lambda: means.told)
+
+
+async def test_a_pipe_that_its_coordinator_has_forgotten_ends_here(made, monkeypatch):
+    part, means, gone = made
+    monkeypatch.setattr(module, "FORGOTTEN", 0.05)
+    part.order(orders(1))
+    await until(lambda: means.told)
+    means.unheard = NodeRefused("n2", 404, "no_such_pipe", "What?")
+    part.order(orders(2))
+    await until(lambda: gone)
+    assert not means.engines.crew.alive
+
+
+async def test_after_a_restart_the_keeper_is_found_and_nothing_begins_anew(made, tmp_path):
+    part, means, _ = made
+    part.order(orders(1))
+    await until(lambda: means.told)
+    await part.close()
+    again = Means(tmp_path)
+    again.engines = FakeEngines(means.engines.crew)
+    second = Part("p", tmp_path / "orders", again, lambda _: None)
+    await second.recover(orders(1))
+    await until(lambda: again.told and again.told[-1].fence == (1, 1))
+    assert again.engines.ferries["p"].calls[:2] == ["release", "follow"]
+    assert len(means.engines.crew.started) == 1
+    await second.close()
+
+
+async def test_after_a_reboot_it_is_told_that_all_is_lost(tmp_path):
+    means = Means(tmp_path)
+    part = Part("p", tmp_path / "orders", means, lambda _: None)
+    await part.recover(orders(1))
+    await until(lambda: means.told and means.told[-1].lost)
+    await part.close()
