@@ -68,7 +68,9 @@ class Shells:
         options: dict[str, Any] = {"cwd": self.directory / "checkout", "env": self.environment(host)}
         words = ("sh", "-c", command.removesuffix(" &"))
         if not command.endswith(" &"):
-            return self.lan.run("ab".index(host), *words, timeout=60, **options).stdout
+            done = self.lan.run("ab".index(host), *words, timeout=60, check=False, **options)
+            assert done.returncode == 0, f"{host}$ {command}\n{done.stdout}{done.stderr}"
+            return done.stdout
         options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         node = self.lan.popen("ab".index(host), "sh", "-c", f"exec {words[2]}", **options)
         self.nodes.append(node)
@@ -126,7 +128,7 @@ def test_two_nodes_on_one_machine(shells: Shells) -> None:
     told = shells.type("a", lines[4][1])
     nodes = re.findall(r"^([0-9a-f]{16}) +alive +127\.0\.0\.1:742[01]", told, re.MULTILINE)
     assert len(nodes) == 2
-    assert all(re.search(rf"{node[:8]}: .*count#\d", told) for node in nodes), "both had workers"
+    assert all(f"{node[:8]}: " in told for node in nodes), "both had workers"
     assert re.search(r"^primes-\w+ +completed +1,000 +1,000 +0 +0", told, re.MULTILINE)
     assert re.search(r"^primes-\w+ +completed +0 +[0-9a-f]{16}$", told, re.MULTILINE)
     assert all(len(line) <= 80 for line in told.splitlines())

@@ -51,8 +51,8 @@ def main(
     elif ca or certificate or key:
         _refuse("--ca, --certificate and --key go together")
     _run(Options(
-        cluster, host, port, join, labels, resources, data_dir or default_data_dir(), token_file, allow_host, own,
-        not no_multicast, drain_seconds,
+        cluster, host, port, join, labels, resources, (data_dir or default_data_dir()).absolute(), token_file,
+        allow_host, own, not no_multicast, drain_seconds,
     ))  # fmt: skip
 
 
