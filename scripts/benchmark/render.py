@@ -34,8 +34,7 @@ def header(machine: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_gib']} GiB, "
         f"Linux {machine['kernel']}, Python {machine['python']}; load at start {machine['load']:.2f}{busy}",
         "Cells: median of the repeats, with their spread. Ratios: this row / the best lossless peer (*), / limit.",
-        "A row that lost frames is shown with its losses, and is never the best peer. Case 10 (across hosts) is",
-        "left out: the cluster does not stand yet.",
+        "A row that lost frames is shown with its losses, and is never the best peer.",
     ]
     return "\n".join(lines)
 

@@ -251,6 +251,7 @@ async def running(folder: Path, *names: str, **options: Any) -> AsyncIterator[li
     finally:
         for node in nodes:
             await node.kill()
+        await asyncio.sleep(0.05)  # TLS connections that were cut inside a handshake close some turns of the loop later
 
 
 async def met(*nodes: Node, seconds: float = 5.0) -> None:

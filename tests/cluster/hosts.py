@@ -155,16 +155,25 @@ class Hosts:
         try:
             out, err = program.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
+            told = self.told()
             program.kill()
             out, err = program.communicate()
-            raise AssertionError(f"no end within {seconds} s\n{out}\n{err}\n{self.told()}") from None
+            raise AssertionError(f"no end within {seconds} s\n{out}\n{err}\n{told}") from None
         assert program.returncode == 0, f"status {program.returncode}\n{out}\n{err}\n{self.told()}"
         told: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
         return told
 
     def told(self) -> str:
-        """The end of each agent's log, for messages."""
-        return "\n".join(f"--- agent {host}\n{self.log(host).read_text()[-3000:]}" for host in self.agents)
+        """What each agent printed last, and knows of pipes and mirrors now, for messages."""
+        parts = (f"--- agent {host}\n{self.log(host).read_text()[-3000:]}\n{self._known(host)}" for host in self.agents)
+        return "\n".join(parts)
+
+    def _known(self, host: int) -> str:
+        try:
+            pipes, mirrors = self.ask(host, routes.PIPES).pipes, self.ask(host, routes.MIRRORS).mirrors
+        except ClusterError as error:
+            return str(error)
+        return "\n".join(map(str, (self.node_id(host), *pipes, *mirrors)))
 
     def seen(self) -> Counter[int]:
         """The ledger: how often the last stage saw each number."""

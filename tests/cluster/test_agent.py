@@ -124,6 +124,23 @@ async def test_a_node_runs_jobs(tmp_path):
         assert (caught.value.status, caught.value.code) == (409, "no_content")
 
 
+async def test_a_job_runs_and_is_told_of_the_agent(tmp_path):
+    import hashlib
+
+    from upipe.cluster import archive
+
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "say.py").write_text("import os; print(os.environ['UPIPE_CLUSTER'])")
+    data = archive.pack(tmp_path / "work")
+    async with running(tmp_path, "a") as nodes, nodes[0].client() as client:
+        sha = hashlib.sha256(data).hexdigest()
+        await client.upload(routes.PUT_CODE, data, sha256=sha)
+        info = await client.call(routes.RUN_JOB, wire.JobRequest("say", ("say.py",), sha))
+        said = b"".join([piece async for piece in client.stream(routes.LOGS, job=info.job)])
+        assert nodes[0].seed.encode() in said
+        assert (await client.call(routes.JOB, job=info.job)).status == 0
+
+
 async def test_certificates_are_renewed_when_due(tmp_path):
     from upipe.cluster.tls import RENEW, SKEW
 

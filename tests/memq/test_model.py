@@ -504,8 +504,8 @@ def test_flipped_bits_of_a_redelivered_frame_are_found_too(queue, payload):
     m = Memory(q)
     for bit in (0, 33, 47, 100, 63 * 8, 64 * 8, (63 + payload) * 8 + 7):
         q.put(b"x" * payload)
-        start = q.stats().tail % q.capacity
         q.take()
+        start = q.holding % q.capacity
         q.give_back()
         m.flip(start, bit)
         with pytest.raises(FrameCorrupt):

@@ -19,8 +19,8 @@ def test_a_new_queue_has_counted_nothing(queue):
     s = q.stats()
     assert (s.capacity, s.max_frames, s.policy, s.stream, s.participants) == (8192, 5, 0, 0, 0)
     counts = (
-        "head tail next claimed bytes refused passed finished dropped dead aborted redelivered corrupt taken max_depth "
-        "full_waits empty_waits oldest_ns"
+        "head tail next depth claimed bytes refused passed finished dropped dead aborted redelivered corrupt taken "
+        "max_depth full_waits empty_waits oldest_ns"
     )
     for name in counts.split():
         assert getattr(s, name) == 0, name

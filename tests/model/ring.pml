@@ -58,6 +58,9 @@ byte claims[2], finishes[2], aborts[2];
 byte redeliver;                 /* how many frames in [tail, next) are AVAILABLE; under C */
 byte deliveries[CAP];           /* the delivery count in the header */
 bool closed[NP];                /* under P */
+#ifdef JUMPS                    /* frames of one granule; a claim may jump whenever it can, warm memory or not */
+byte jump_from, jump_to;        /* under P: the latest jump's gap, true once head is behind it */
+#endif
 
 #define FREE 0
 #define ORPHAN 255              /* the holder died: the next locker gets EOWNERDEAD */
@@ -130,6 +133,35 @@ bool timed_out;
 #define STEP(...) if :: atomic { __VA_ARGS__ } :: KILL fi
 #define HELD(m) (m == me + 1)
 #define ORPHANED(m) if :: HELD(m) -> m = ORPHAN :: else fi
+
+#ifdef JUMPS
+#define JUMPED (tail < jump_to && head > jump_to)
+#ifdef BAD_HOP                  /* onto the state word of the jump's gap */
+#define HOP_TO (jump_from + CAP)
+#define HOPPED (head >= jump_from + CAP)
+#else
+#define HOP_TO (jump_from + CAP + 1)
+#define HOPPED (head > jump_from + CAP)
+#endif
+#ifdef NO_HOP_WORD              /* no granule is kept for the state word of the hop's gap */
+#define LIMIT (JUMPED -> (HOPPED -> jump_to + CAP : tail + CAP) : tail + CAP)
+#define CAN_HOP (JUMPED && !HOPPED && HOP_TO + 1 <= jump_to + CAP)
+#else
+#define LIMIT (JUMPED -> (HOPPED -> jump_to + CAP : tail + CAP - 1) : tail + CAP)
+#define CAN_HOP (JUMPED && !HOPPED && head + 1 <= tail + CAP && HOP_TO + 1 <= jump_to + CAP)
+#endif
+#define CAN_JUMP (tail >= jump_to && head - tail + 3 <= CAP)
+#ifdef NO_REPAIR_JUMP
+#define MEND_P skip
+#else                           /* the holder of P died: head did not get to where it was to jump */
+#define MEND_P if :: P == ORPHAN && jump_to >= head -> jump_to = tail; jump_from = tail :: else fi
+#endif
+#else
+#define LIMIT (tail + CAP)
+#define CAN_HOP false
+#define HOP_TO 0
+#define MEND_P skip
+#endif
 
 /* Mark the bytes of the frame at slot s as used, or no more used, by me. */
 inline use(s, n) {
@@ -250,17 +282,26 @@ proctype Producer(byte me) {
     do
     :: k < NF ->
 again:
-        /* Lock P (after EOWNERDEAD there is nothing to repair), read tail, and with too little room unlock. With room
-         * write what lies behind head, where nobody looks: padding up to the end of the ring, the state word, and the
-         * counters that are not valid yet. */
+        /* Lock P (after EOWNERDEAD only a jump is to be repaired), read tail, and with too little room unlock. With room
+         * write what lies behind head, where nobody looks: padding up to the end of the ring or the gap of a jump, the
+         * state word, and the counters that are not valid yet. A hop is a gap of its own, before that. */
         if
         :: atomic { P == FREE || P == ORPHAN ->
+            MEND_P;
             pad = (SLOT(head) + LEN(k) > CAP -> CAP - SLOT(head) : 0);
             if
-            :: head + pad + LEN(k) - tail > CAP -> P = FREE; pad = 0; goto no_room
+            :: head + pad + LEN(k) > LIMIT && CAN_HOP -> pad = 0; P = me + 1; goto hop
+            :: head + pad + LEN(k) > LIMIT && !CAN_HOP -> P = FREE; pad = 0; goto no_room
             :: else
             fi;
             P = me + 1;
+write:
+#ifdef JUMPS
+            if
+            :: CAN_JUMP -> pad = CAP - 2 - (head - tail); jump_from = head; jump_to = head + pad
+            :: true
+            fi;
+#endif
             if
             :: pad > 0 -> kind[SLOT(head)] = ABORTED; owner[SLOT(head)] = 0; size[SLOT(head)] = pad
             :: else
@@ -292,6 +333,16 @@ committed_now:
 #endif
         k++;
         goto next_frame;
+hop:
+#ifdef JUMPS
+        STEP( pad = HOP_TO - head; kind[SLOT(head)] = ABORTED; owner[SLOT(head)] = 0; size[SLOT(head)] = pad;
+              claims[1 - head_copy] = claims[head_copy] + 1;
+              head = head + pad; head_copy = 1 - head_copy; pad = 0 );
+        if
+        :: atomic { true -> goto write }
+        :: KILL
+        fi;
+#endif
 no_room:
         if
         :: atomic { !armed -> waiting[me] = true; armed = true }        /* full fence, then look again */
@@ -308,7 +359,7 @@ next_frame:
 #ifdef PATIENT                                          /* closes late: the wake-up of the end hides no lost one */
     STEP( ALL_SETTLED(me) );
 #endif
-    STEP( P == FREE || P == ORPHAN -> P = me + 1 );
+    STEP( P == FREE || P == ORPHAN -> MEND_P; P = me + 1 );
     STEP( closed[me] = true; P = FREE );
 #ifndef NO_CLOSER_WAKE
     if
@@ -632,7 +683,7 @@ alive:
 reclaim:
         if
         :: d < NP ->
-            STEP( P == FREE || P == ORPHAN -> P = me + 1 );
+            STEP( P == FREE || P == ORPHAN -> MEND_P; P = me + 1 );
             STEP( t = tail );                           /* may lag; from here to head all stands still under P */
             do
             :: STEP( do

@@ -47,6 +47,7 @@ PROVED = {
     "1x1, the reaper is killed too": "NF=2 CAP=2 CRASHES=2 REAPER_DIES PATIENT",
     "1x1, two reapers": "NF=2 CAP=2 CRASHES=2 REAPERS=2 PATIENT",
     "1x1, dead letters, the reaper is killed too": "NF=2 CAP=2 CRASHES=2 MAX_DELIVERIES=1 REAPER_DIES PATIENT",
+    "1x1, 3 frames that jump and hop, 1 kill": "NF=3 CAP=5 CRASHES=1 PATIENT JUMPS",
 }
 
 DEEP = {
@@ -60,6 +61,8 @@ DEEP = {
     "1x2, 2 frames, 1 kill, a consumer leaves, lean chain": "NC=2 NF=2 CAP=2 CRASHES=1 PATIENT LEAVE LEAN_CHAIN",
     "2x2, a consumer leaves, lean chain": "NP=2 NC=2 NF=1 CAP=2 PATIENT LEAVE LEAN_CHAIN",
     "2x2, 1 frame each, 1 kill, late close": "NP=2 NC=2 NF=1 CAP=2 CRASHES=1 PATIENT",
+    "1x2, 3 frames that jump and hop, late close": "NC=2 NF=3 CAP=5 PATIENT JUMPS",
+    "2x1, 2 frames each that jump and hop, late close": "NP=2 NF=2 CAP=5 PATIENT JUMPS",
 }
 
 # Searched for any cycle at all: without one every run ends, and an end is checked by PROVED.
@@ -104,6 +107,8 @@ BROKEN = {
     "BAD_FLAG_LATE": ("NP=2 NC=2 NF=1 CAP=2 PATIENT STALL", STUCK),
     "BAD_WAKE_ONE_PRODUCER": ("NP=2 NF=2 CAP=1 PATIENT GIVE_UP", STUCK),
     "LEN1=3": ("NF=2 CAP=4 LEN0=2", STUCK),
+    "BAD_HOP": ("NF=3 CAP=5 CRASHES=1 PATIENT JUMPS", "assertion violated"),
+    "NO_HOP_WORD": ("NF=3 CAP=5 CRASHES=1 PATIENT JUMPS", STUCK),
     "BAD_PASS_ON": ("NC=2 NF=1 CAP=2 PATIENT", LOOP),
 }
 

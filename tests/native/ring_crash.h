@@ -334,14 +334,15 @@ static int run_play(uint64_t seed, uint64_t start, uint32_t policy); /* ring_mir
 /* At each point named, in every drill. Deaths inside a lock, with a claim and with a frame come with each, so that repairs and
  * recoveries are passed as well. */
 static void run_points(int n, char **points, uint64_t seed) {
-    static const char *helpers[] = {"publish", "take", "commit", "finish"};
+    const char *helpers[] = {"publish", "take", "commit", "finish"};
     const size_t kinds = sizeof drills / sizeof *drills;
     uint32_t kills = 0;
     make_ledger();
     printf("killed at named points:\n");
     for (int p = 0; p < n; p++) {
         int hits = 0;
-        for (uint32_t round = 0; round < 5 && (round == 0 || !hits); round++) {
+        helpers[0] = strcmp(points[p], "no jump") ? "publish" : "jumped"; /* what that mends */
+        for (uint32_t round = 0; round < 40 && (round == 0 || !hits); round++) {
             plan_count = 1;
             set_plan(0, points[p], 1);
             run_life(seed);

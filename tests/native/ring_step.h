@@ -63,6 +63,35 @@ static void op_put_another(member *m) {
     make_frame(&meta, m->payload, m->r.producer, SMALL | 1, STEP_MOST);
     (void)try_put(m, &meta, 0);
 }
+static void put_nth_large(member *m, uint64_t nth) { /* of those large enough to jump */
+    up_meta meta;
+    for (uint64_t number = 0;; number++) {
+        CHECK(number < 8, "no such frame");
+        make_frame(&meta, m->payload, m->r.producer, number, STEP_MOST);
+        if (!(meta.flags & UP_FLAG_INLINE) && up_need(meta.size, 0) >= UP_WARM_MIN && nth-- == 0) break;
+    }
+    EQUAL(try_put(m, &meta, 0), UP_OK);
+}
+static void op_put_first(member *m) { put_nth_large(m, 0); }
+static void finish_two(member *m) { /* memory below tail; a frame in the way, and one more for the granules that a jump needs */
+    EQUAL(put_batch(m, SMALL | 7, 1), 1);
+    for (int i = 0; i < 2; i++) {
+        (void)take(m, &step_pos[0], 0, 1);
+        finish(m, step_pos[0], UP_FINISHED);
+    }
+}
+static void op_put_jumping(member *m) {
+    op_put_first(m);
+    CHECK(up_jumped(&m->r, up_position(m->r.c->head), up_position(m->r.c->tail)), "it did not jump");
+}
+static void finish_two_put_one(member *m) {
+    finish_two(m);
+    op_put_jumping(m);
+}
+static void op_put_hopping(member *m) {
+    put_nth_large(m, 1);
+    CHECK(up_hopped(&m->r, up_position(m->r.c->head)), "it did not hop");
+}
 static void op_finish(member *m) { finish(m, step_pos[0], UP_FINISHED); }
 static void op_bury(member *m) { finish(m, step_pos[0], UP_DEAD); }
 static void op_give_back(member *m) { give_back(m, step_pos[0]); }
@@ -104,6 +133,23 @@ static void die_in_publish(member *m) { /* everything of a put but the store to 
     up_claims *note = &m->r.producers[m->r.producer].claims[m->r.turn ^ 1];
     UP_ST(&note->position, up_position(UP_LD(&c->head)));
     UP_ST(&note->frames, 2);
+    lock_and_die(m);
+}
+static void die_in_jump(member *m) { /* everything of a claim but the store to head */
+    up_control *c = m->r.c;
+    finish_two(m);
+    lock(m, c->producer_lock);
+    uint64_t head = up_position(UP_LD(&c->head)), gap = up_jump(&m->r, 192);
+    CHECK(gap, "it does not jump");
+    UP_ST(up_state_at(&m->r, head), up_word(UP_GAP, 0, gap));
+    UP_ST(up_state_at(&m->r, head + gap), up_word(UP_CLAIMED, m->r.slot, 192));
+    lock_and_die(m);
+}
+static void die_in_hop(member *m) { /* a gap and no claim behind it */
+    finish_two_put_one(m);
+    lock(m, m->r.c->producer_lock);
+    EQUAL(up_room(&m->r, 192, 1), UP_OK);
+    up_open(&m->r, 192);
     lock_and_die(m);
 }
 static void die_in_take(member *m) { /* everything of a take but the store to next; and one that is given back, uncounted */
@@ -150,6 +196,11 @@ static const step steps[] = {
     {.name = "leave with claims", .before = claim_two_take_two, .op = op_leave, .puts_before = 1, .held = 2},
     {.name = "recover", .before = nothing, .op = op_recover, .victim = die_holding, .victims_puts = 1, .victims_held = 2},
     {.name = "put into what a put left", .before = nothing, .op = op_put_small, .victim = die_in_publish, .puts = 1, .victims_puts = 1},
+    {.name = "put, jumping", .before = finish_two, .op = op_put_jumping, .puts_before = 1, .puts = 1, .ends = 2},
+    {.name = "put, hopping", .before = finish_two_put_one, .op = op_put_hopping, .puts_before = 2, .puts = 1, .ends = 2},
+    {.name = "take and finish beyond a jump", .before = finish_two_put_one, .op = op_take_finish, .puts_before = 2, .takes = 3, .ends = 3},
+    {.name = "put into what a jump left", .before = nothing, .op = op_put_first, .victim = die_in_jump, .puts = 1, .ends = 2, .victims_puts = 1},
+    {.name = "put into what a hop left", .before = nothing, .op = op_put_first, .victim = die_in_hop, .puts = 1, .ends = 2, .victims_puts = 2},
     {.name = "take from what a take left", .before = nothing, .op = op_take_finish, .victim = die_in_take, .takes = 1, .ends = 1, .victims_held = 1},
 };
 

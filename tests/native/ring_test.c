@@ -12,6 +12,7 @@
 #include "ring_crash.h"
 #include "ring_cases.h"
 #include "ring_fence.h"
+#include "ring_jump.h"
 #include "ring_mirror.h"
 #include "ring_step.h"
 #include "ring_threads.h"

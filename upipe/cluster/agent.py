@@ -4,10 +4,12 @@
                          ├── Pipes ── Ledger (records)
                          ├── Parts ── Part ─┬─ Keeper (a process of its own, survives us)
                          │                  └─ Ferry ── Lines (mirrors)
+                         ├── Jobs (scripts)
                          └── Store (contents)
 
-On disk, below the data directory (node_id.py): node.sock, audit/log, records/, parts/, pipes/, code/, modules/. After
-kill -9 the keepers and their workers go on; the next agent in that directory finds them, and opens mirrors anew.
+On disk, below the data directory (node_id.py): node.sock, audit/log, records/, parts/, pipes/, code/, modules/,
+jobs/.
+After kill -9 the keepers and their workers go on; the next agent in that directory finds them, and opens mirrors anew.
 
 How it ends. SIGTERM and SIGINT, and POST /v1/node/drain, mean: take nothing new, let workers that can run elsewhere
 move there, for at most drain_seconds; then say good-bye and end. What cannot move (the only node, a pinned worker, no
@@ -193,8 +195,8 @@ class Agent:
         jobs.load()
         self._open.append(jobs.close)
         return Handlers(
-            self.neighbours, self.pipes, self.parts, self.store, self.lines, jobs, self.credentials.derived, self.drain,
-            self.metrics.text,
+            self.neighbours, self.pipes, self.parts, self.store, self.lines, jobs, self.credentials.derived,
+            self.drain, self.metrics.text,
         )  # fmt: skip
 
     def _jobs(self) -> Jobs:

@@ -47,8 +47,8 @@ FAREWELL = 60.0
 """Seconds for which it is said that nothing is left, to a coordinator that does not answer. Who asks later is told
 without a part (parts.py)."""
 FORGOTTEN = 30.0
-"""Seconds for which a coordinator says that it knows no such pipe, and nobody here keeps its record, until the part ends
-by itself."""
+"""Seconds for which a coordinator says that it knows no such pipe, and nobody here keeps its record, until the part
+ends by itself."""
 TRIES = 3
 """Of starting a keeper, before the pipe fails with the reason."""
 log = logging.getLogger("upipe.cluster")

@@ -26,8 +26,8 @@ from upipe.cluster.part import FerryHandle, KeeperHandle, Part, Unfit
 from upipe.cluster.peers import Peers
 from upipe.cluster.routes import CODE, REPORT
 from upipe.cluster.server import refuse
-from upipe.cluster.store import ArchiveRefused, Store
-from upipe.errors import ClusterError, NodeUnreachable
+from upipe.cluster.store import Store
+from upipe.errors import ArchiveRefused, ClusterError, NodeUnreachable
 from upipe.runtime.spool import DeadLetter
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ What is done about the end of streams: see lanes.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 
 import msgspec
 
@@ -164,7 +165,17 @@ class _Step:
         if isinstance(found, Unplaceable):
             self.waiting = found.told()
             found = found.partial
-        self._change(wanted=found)
+        self._change(wanted=self._with_roots(found))
+
+    def _with_roots(self, wanted: Placement) -> Placement:
+        """Roots that drive themselves stay where they run: no queue holds how far they came, so elsewhere they would
+        begin anew. A node that drains waits for them, as its user asked it to (upipe-node --drain-seconds)."""
+        seats, known = dict(wanted.seats), self.layout.placement.without(self.lost).seats
+        for one in self.record.spec.roots():
+            if one.kind in ("source", "driver", "entry"):
+                pairs = zip_longest(known.get(one.name, ()), seats[one.name], fillvalue="")
+                seats[one.name] = tuple(before or after for before, after in pairs)
+        return Placement(seats)
 
     def move(self) -> None:
         current, wanted = self.layout.placement.without(self.lost), self.record.wanted

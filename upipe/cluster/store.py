@@ -14,27 +14,18 @@ import hashlib
 import os
 import secrets
 import shutil
-import stat
 import time
-import zipfile
 from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 
+from upipe.cluster import archive
 from upipe.cluster.server import refuse
 from upipe.settings import MIB
 
 MOST_BYTES = 8192 * MIB
 """Bytes of all contents. More spares sending again, and takes disk."""
 KEEP_DAYS = 7.0
-MOST_FILES = 20_000
-"""Files of one archive."""
-MOST_UNPACKED = 2048 * MIB
-"""Bytes of one archive, unpacked."""
 _PIECE = 1 << 20
-
-
-class ArchiveRefused(ValueError):
-    """An archive that would write outside its directory, or too much; nothing of it was kept."""
 
 
 class Store:
@@ -155,47 +146,12 @@ class Store:
             return target
         aside = self.modules / f".{sha256}.{secrets.token_hex(4)}"
         try:
-            aside.mkdir(mode=0o700)
-            with zipfile.ZipFile(self.path(sha256)) as archive:
-                _extract(archive, aside)
+            archive.unpack(self.path(sha256).read_bytes(), aside)
             try:
                 os.rename(aside, target)
             except OSError:
                 if not target.is_dir():  # else another one was faster
                     raise
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-            raise ArchiveRefused(f"the archive {sha256} cannot be read: {error}") from None
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return target
-
-
-def _extract(archive: zipfile.ZipFile, directory: Path) -> None:
-    """All files, none of them elsewhere; sizes are counted as they come, since a header may lie."""
-    members = archive.infolist()
-    if len(members) > MOST_FILES:
-        raise ArchiveRefused(f"the archive has {len(members):,} files; {MOST_FILES:,} are taken")
-    left = MOST_UNPACKED
-    for member in members:
-        path = directory / _inside(member)
-        if member.is_dir():
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            continue
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with archive.open(member) as source, path.open("xb") as file:
-            while piece := source.read(_PIECE):
-                left -= len(piece)
-                if left < 0:
-                    raise ArchiveRefused(f"the archive is larger than {MOST_UNPACKED:,} bytes when unpacked")
-                file.write(piece)
-
-
-def _inside(member: zipfile.ZipInfo) -> str:
-    name = member.filename
-    parts = name.rstrip("/").split("/")
-    kind = stat.S_IFMT(member.external_attr >> 16)
-    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise ArchiveRefused(f"the archive has {name!r}, which is neither file nor directory")
-    if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
-        raise ArchiveRefused(f"the archive has {name!r}, which leads out of it")
-    return name

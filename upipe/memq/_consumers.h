@@ -6,9 +6,11 @@
 
 static inline uint64_t up_refresh_head(up_ring *r) { /* SYNC head */
     up_control *c = r->c;
-    c->cached_head = up_position(UP_LDA(&c->head));
-    uint64_t depth = c->cached_head - up_position(UP_LD(&c->tail));
-    if (depth > UP_LD(&c->max_depth)) UP_ST(&c->max_depth, depth);
+    uint64_t head = UP_LDA(&c->head);
+    c->cached_head = up_position(head);
+    const up_books *claimed = &c->head_books[head & 1], *passed = &c->tail_books[UP_LD(&c->tail) & 1];
+    uint64_t depth = up_in_use(r, c->cached_head, claimed, passed); /* a claim meanwhile may have torn it: then none is noted */
+    if (depth > UP_LD(&c->max_depth) && depth <= r->capacity) UP_ST(&c->max_depth, depth);
     return c->cached_head;
 }
 
@@ -16,13 +18,14 @@ static inline uint64_t up_refresh_head(up_ring *r) { /* SYNC head */
 static inline int up_advance(up_ring *r) {
     up_control *c = r->c;
     uint64_t word = UP_LD(&c->tail), old = word & 1, new_ = old ^ 1, next = UP_LD(&c->next);
-    uint64_t from = up_position(word), pos = from;
-    uint64_t ended[UP_ABORTED + 1] = {0};
+    uint64_t from = up_position(word), pos = from, gaps = 0;
+    uint64_t ended[UP_GAP + 1] = {0};
     while (pos < next) {
         uint64_t state = UP_LDA(up_state_at(r, pos));
         uint32_t kind = up_kind(state);
-        if (kind < UP_FINISHED || kind > UP_ABORTED || !up_span(state)) break;
+        if (kind < UP_FINISHED || kind > UP_GAP || !up_span(state)) break;
         ended[kind]++;
+        gaps += kind == UP_GAP ? up_span(state) : 0;
         pos += up_span(state);
     }
     if (pos == from) return 0;
@@ -32,7 +35,7 @@ static inline int up_advance(up_ring *r) {
     UP_STR(&now->dead, UP_LD(&was->dead) + ended[UP_DEAD]);
     UP_STR(&now->aborted, UP_LD(&was->aborted) + ended[UP_ABORTED]);
     UP_STR(&now->frames, UP_LD(&was->frames) + ended[UP_FINISHED] + ended[UP_DROPPED] + ended[UP_DEAD] + ended[UP_ABORTED]);
-    UP_STR(&now->bytes, UP_LD(&was->bytes) + (pos - from));
+    UP_STR(&now->bytes, UP_LD(&was->bytes) + (pos - from - gaps));
     UP_STR(&now->far_dropped, UP_LD(&was->far_dropped));
     UP_STR(&now->far_dead, UP_LD(&was->far_dead));
     UP_CRASH("advance");
@@ -58,7 +61,7 @@ static int up_take_available(up_ring *r, uint64_t *pos) {
     return UP_EMPTY;
 }
 
-/* Position of the next committed frame without taking it, past padding. UP_OK, UP_EMPTY.
+/* Position of the next committed frame without taking it, past padding and gaps. UP_OK, UP_EMPTY.
  * Nothing left to take: what is held may not end before more comes (a window, a checkpoint), so producers who wait for a
  * better moment than the first free bytes (need_tail) are woken now. */
 static inline int up_peek(up_ring *r, uint64_t *pos, uint64_t *span) {
@@ -76,7 +79,7 @@ static inline int up_peek(up_ring *r, uint64_t *pos, uint64_t *span) {
             *span = up_span(word);
             return UP_OK;
         }
-        if (kind != UP_ABORTED) return UP_EMPTY; /* still being written: order is kept, so wait for it */
+        if (kind != UP_ABORTED && kind != UP_GAP) return UP_EMPTY; /* still being written: order is kept, so wait for it */
         UP_ST(&c->next, next + up_span(word));
         UP_CRASH("skip");
         up_advance(r);

@@ -6,7 +6,7 @@
 #define UP_MAGIC 0x00514d4550495075ull
 #define UP_VERSION 1
 #define UP_FRAME_MAGIC 0x5055
-#define UP_FINGERPRINT 0xc5fe2a3du
+#define UP_FINGERPRINT 0x86a8f0efu
 #define UP_GRANULE 64
 #define UP_CONTROL_BYTES 4096
 #define UP_SLOTS 512
@@ -22,11 +22,12 @@
 #define UP_DROPPED 6u /* removed by the queue's policy */
 #define UP_DEAD 7u /* moved to the dead letters */
 #define UP_ABORTED 8u /* padding: the write was never finished */
+#define UP_GAP 9u /* no frame: claims went on at a warmer place */
 
 typedef struct up_books {
     uint64_t frames; /* frames: claimed (head) or passed (tail) */
-    uint64_t bytes; /* payload bytes of them (head), ring bytes (tail) */
-    uint64_t finished; /* tail: ended FINISHED */
+    uint64_t bytes; /* payload bytes of them (head), ring bytes without gaps (tail) */
+    uint64_t finished; /* tail: ended FINISHED; head: bytes of gaps */
     uint64_t dropped; /* tail: ended DROPPED; head: refused on arrival by a drop policy */
     uint64_t dead; /* tail: ended DEAD (in the dead letters) */
     uint64_t aborted; /* tail: ended ABORTED (never a frame: an unfinished write) */
@@ -142,7 +143,10 @@ typedef struct up_control {
     uint64_t cached_tail; /* producers' copy of tail; guarded by producer_lock */
     uint64_t last; /* position of the newest frame; a hint, guarded by producer_lock */
     uint32_t producer_cpu; /* 1 + CPU of the last claim: a consumer on the same one does not spin */
-    uint8_t pad1_[36];
+    uint8_t pad1_[4];
+    uint64_t jump_from; /* where the latest jump's gap starts; guarded by producer_lock */
+    uint64_t jump_to; /* where it ends; true once head is behind it; guarded by producer_lock */
+    uint8_t pad2_[16];
     up_books head_books[2]; /* claimed frames and bytes, refused frames; the selected one is true */
     uint64_t consumer_lock[8]; /* robust mutex of the consumers' end */
     uint64_t next; /* position of the next frame to be taken; guarded by consumer_lock */
@@ -155,14 +159,15 @@ typedef struct up_control {
     uint32_t consumer_cpu; /* 1 + CPU of the last take: a producer on the same one does not spin */
     uint64_t mirror_epoch; /* number of the pair of copies; guarded by consumer_lock as mirror is */
     uint64_t tail; /* position before which everything is finished | selector of tail_books */
-    uint8_t pad2_[56];
+    uint8_t pad3_[56];
     up_books tail_books[2]; /* frames that tail passed, by how they ended; the selected one is true */
     uint64_t consumers_waiting[8]; /* bit per slot: asleep until a frame comes */
     uint64_t producers_waiting[8]; /* bit per slot: asleep until there is room */
     uint64_t max_depth; /* most bytes in use seen at a claim (statistic) */
     uint64_t full_waits; /* times a producer slept for room (statistic) */
     uint64_t empty_waits; /* times a consumer slept for a frame (statistic) */
-    uint8_t pad3_[3176];
+    uint64_t start; /* position where the stream begins */
+    uint8_t pad4_[3168];
 } up_control;
 _Static_assert(sizeof(up_control) == 4096, "up_control");
 _Static_assert(offsetof(up_control, magic) == 0, "up_control.magic");
@@ -182,6 +187,8 @@ _Static_assert(offsetof(up_control, head) == 256, "up_control.head");
 _Static_assert(offsetof(up_control, cached_tail) == 264, "up_control.cached_tail");
 _Static_assert(offsetof(up_control, last) == 272, "up_control.last");
 _Static_assert(offsetof(up_control, producer_cpu) == 280, "up_control.producer_cpu");
+_Static_assert(offsetof(up_control, jump_from) == 288, "up_control.jump_from");
+_Static_assert(offsetof(up_control, jump_to) == 296, "up_control.jump_to");
 _Static_assert(offsetof(up_control, head_books) == 320, "up_control.head_books");
 _Static_assert(offsetof(up_control, consumer_lock) == 448, "up_control.consumer_lock");
 _Static_assert(offsetof(up_control, next) == 512, "up_control.next");
@@ -200,5 +207,6 @@ _Static_assert(offsetof(up_control, producers_waiting) == 832, "up_control.produ
 _Static_assert(offsetof(up_control, max_depth) == 896, "up_control.max_depth");
 _Static_assert(offsetof(up_control, full_waits) == 904, "up_control.full_waits");
 _Static_assert(offsetof(up_control, empty_waits) == 912, "up_control.empty_waits");
+_Static_assert(offsetof(up_control, start) == 920, "up_control.start");
 
 #endif

@@ -73,7 +73,7 @@ static void up_mirror_local(up_ring *r) {
     UP_ST(&c->mirror, UP_MIRROR_NONE);
 }
 
-static inline int up_is_over(uint64_t word) { return up_kind(word) >= UP_FINISHED && up_kind(word) <= UP_ABORTED; }
+static inline int up_is_over(uint64_t word) { return up_kind(word) >= UP_FINISHED && up_kind(word) <= UP_GAP; }
 
 /* 1 when a frame starts at `pos`, or the ring ends there: what another node says of positions is proved before it is used. */
 static int up_is_boundary(up_ring *r, uint64_t pos) {
@@ -115,7 +115,7 @@ static int up_outgoing(up_ring *r, uint64_t cursor, uint64_t most, uint64_t *end
  * finished. Tail and books follow. UP_OK (also when tail was there before), or UP_MALFORMED: that cannot be, nothing changed. */
 static int up_retire(up_ring *r, uint64_t pos, uint64_t dropped, uint64_t dead) {
     up_control *c = r->c;
-    uint64_t tail = UP_LD(&c->tail), new_ = (tail & 1) ^ 1, at = up_position(tail), sent = 0, ended[16] = {0}, word;
+    uint64_t tail = UP_LD(&c->tail), new_ = (tail & 1) ^ 1, at = up_position(tail), sent = 0, ended[16] = {0}, gaps = 0, word;
     up_books *was = &c->tail_books[tail & 1], *now = &c->tail_books[new_];
     if (pos <= at) return UP_OK;
     if (pos > UP_LD(&c->next)) return UP_MALFORMED;
@@ -124,12 +124,13 @@ static int up_retire(up_ring *r, uint64_t pos, uint64_t dropped, uint64_t dead) 
         if (!up_span(word) || (up_kind(word) != UP_COMMITTED && !up_is_over(word))) return UP_MALFORMED;
         sent += up_kind(word) == UP_COMMITTED;
         ended[up_kind(word)] += up_kind(word) != UP_COMMITTED;
+        gaps += up_kind(word) == UP_GAP ? up_span(word) : 0;
     }
     uint64_t more_dropped = dropped - UP_LD(&was->far_dropped), more_dead = dead - UP_LD(&was->far_dead);
     if (at != pos || more_dropped > sent || more_dead > sent - more_dropped) return UP_MALFORMED;
     uint64_t passed = sent + ended[UP_FINISHED] + ended[UP_DROPPED] + ended[UP_DEAD] + ended[UP_ABORTED];
     UP_STR(&now->frames, UP_LD(&was->frames) + passed); /* SYNC books */
-    UP_STR(&now->bytes, UP_LD(&was->bytes) + (pos - up_position(tail)));
+    UP_STR(&now->bytes, UP_LD(&was->bytes) + (pos - up_position(tail) - gaps));
     UP_STR(&now->finished, UP_LD(&was->finished) + ended[UP_FINISHED] + sent - more_dropped - more_dead);
     UP_STR(&now->dropped, UP_LD(&was->dropped) + ended[UP_DROPPED] + more_dropped);
     UP_STR(&now->dead, UP_LD(&was->dead) + ended[UP_DEAD] + more_dead);
@@ -184,7 +185,7 @@ static int up_publish_landed(up_ring *r, uint64_t landed, uint64_t *published, u
     if (!*frames) return UP_OK;
     UP_CRASH("land");
     UP_ST(&r->c->last, last);
-    up_move_head(r, *published = at - head, *frames, bytes, 0);
+    up_move_head(r, *published = at - head, 0, *frames, bytes, 0);
     return UP_OK;
 }
 
@@ -195,7 +196,7 @@ static int up_publish_hole(up_ring *r, uint64_t span) {
     UP_ST(up_state_at(r, head), up_word(UP_ABORTED, 0, span));
     UP_CRASH("hole");
     UP_ST(&r->c->last, head);
-    up_move_head(r, span, 1, 0, 0);
+    up_move_head(r, span, 0, 1, 0, 0);
     return UP_OK;
 }
 

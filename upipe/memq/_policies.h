@@ -24,7 +24,7 @@ static int up_crowded(up_ring *r, uint64_t need) {
     up_books claimed;
     uint64_t head, word = UP_LD(&c->tail);
     up_books_read(&c->head, c->head_books, &head, &claimed);
-    return head - up_position(word) + need > r->capacity ||
+    return head + need > up_limit(r, head, up_position(word)) ||
            (c->max_frames && claimed.frames - UP_LD(&c->tail_books[word & 1].frames) >= c->max_frames);
 }
 
@@ -69,7 +69,7 @@ static int up_retract(up_ring *r, uint64_t need) {
     UP_CRASH("replace");
     up_keep_claim(r, last);
     UP_CRASH("retract");
-    up_move_head(r, -up_span(word), (uint64_t)-1, 0, 1);
+    up_move_head(r, -up_span(word), 0, (uint64_t)-1, 0, 1);
     c->cached_head = last;
     return UP_OK;
 }

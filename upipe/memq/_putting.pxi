@@ -1,7 +1,7 @@
 # Putter: putting frames.
 
 
-cdef class Putter(Sleeper):
+cdef class Putter(Pacer):
     """Putting frames."""
 
     cdef int _copy_in(self, uint64_t pos, Out *o, list parts, uint32_t *crc) except -1:
@@ -98,12 +98,12 @@ cdef class Putter(Sleeper):
         return rc
 
     cdef int _room(self, uint64_t need) except -100:
-        """Under the producers' lock: is there room, with nothing dropped? Padding that no consumer passed goes. UP_OK
-        or UP_FULL."""
+        """Under the producers' lock: is there room, with nothing dropped? Padding that no consumer passed goes (and
+        gaps). UP_OK or UP_FULL."""
         cdef uint64_t before, pos, span
         if up_room(&self.r, need, 1) == UP_OK:
             return UP_OK
-        if self._nothing_waits() or up_kind(UP_LDA(up_state_at(&self.r, UP_LD(&self.r.c.next)))) != UP_ABORTED:
+        if self._nothing_waits() or up_kind(UP_LDA(up_state_at(&self.r, UP_LD(&self.r.c.next)))) < UP_ABORTED:
             return UP_FULL
         self._lock(self.r.c.consumer_lock)
         before = UP_LD(&self.r.c.tail)
@@ -146,7 +146,9 @@ cdef class Putter(Sleeper):
     cdef int _put(self, Out *o, list parts, double timeout) except -100:
         """Put, waiting up to timeout seconds (inf = for ever). UP_OK, UP_REFUSED or UP_FULL."""
         cdef Waiting w
-        cdef int rc = self._try_put(o, parts)
+        cdef int rc
+        self._pace(up_need(o.m.size, o.m.flags), timeout)
+        rc = self._try_put(o, parts)
         if rc != UP_FULL:
             return rc
         _waiting(&w, 1, up_need(o.m.size, o.m.flags), timeout)
@@ -159,7 +161,8 @@ cdef class Putter(Sleeper):
 
     @cython.binding(False)
     def put(self, value, block=True, timeout=None, *, int dtype=-1, uint32_t key=0):
-        """Put one value, waiting for room.
+        """Put one value, waiting for room. A large frame (256 KiB) also waits a moment, less than 0.1 ms and the time in
+        which 5 GB/s take what is in the ring, for consumers that keep up: both ends are faster within the caches.
 
         Args:
             value: anything a frame can carry; the DType is chosen from it unless `dtype` forces one.
@@ -230,6 +233,8 @@ cdef class Putter(Sleeper):
                 self._lock(self.r.c.producer_lock)
                 while k and up_room(&self.r, k * UP_GRANULE, k) != UP_OK:
                     k //= 2
+                if k:
+                    up_open(&self.r, k * UP_GRANULE)
                 for i in range(k):
                     up_put_inline_at(&self.r, &outs[done + i].m, i * UP_GRANULE)
                     bytes_ += outs[done + i].m.size

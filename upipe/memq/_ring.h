@@ -21,7 +21,8 @@
  *                COMMITTED -> gone                                (drop policy without room: head moves back over it, up_retract)
  *     mirror:    COMMITTED -> AVAILABLE                           (a source copy that is read here again; else it stays COMMITTED)
  *
- * Order of positions: tail <= next <= head <= tail + capacity, all multiples of 64 and monotonic (but for up_retract).
+ * Order of positions: tail <= next <= head <= tail + capacity, all multiples of 64 and monotonic (but for up_retract; and after a
+ * hop head <= jump_to + capacity, see _producers.h). GAP: a state word without a frame; claims went on behind it.
  *
  * Two locks, one per end, never on one cache line and never nested but where a policy makes room (up_make_room; there
  * producer_lock is the outer one): producer_lock guards head, head_books, cached_tail, last and the claims of producers;

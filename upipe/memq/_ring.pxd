@@ -133,6 +133,8 @@ cdef extern from "_ring.h" nogil:
     int up_lock(up_ring *r, uint64_t *area, double seconds)
     void up_unlock(uint64_t *area)
     int up_room(up_ring *r, uint64_t need, uint64_t frames)
+    void up_open(up_ring *r, uint64_t need)
+    uint64_t up_in_use(up_ring *r, uint64_t head, const up_books *claimed, const up_books *passed)
     void up_put_inline(up_ring *r, const up_meta *m)
     void up_put_inline_at(up_ring *r, const up_meta *m, uint64_t pos)
     void up_publish(up_ring *r, uint64_t need, uint64_t frames, uint64_t bytes)

@@ -168,6 +168,7 @@ def close_handles():
 
 include "_joining.pxi"
 include "_sleeping.pxi"
+include "_pacing.pxi"
 include "_putting.pxi"
 include "_taking.pxi"
 include "_mirroring.pxi"

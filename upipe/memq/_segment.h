@@ -153,6 +153,11 @@ static void up_books_read(uint64_t *word, up_books *books, uint64_t *pos, up_boo
     *pos = up_position(before);
 }
 
+/* Ring bytes that frames use: between the two positions, without gaps. */
+static inline uint64_t up_in_use(up_ring *r, uint64_t head, const up_books *claimed, const up_books *passed) {
+    return head - UP_LD(&claimed->finished) - UP_LD(&r->c->start) - UP_LD(&passed->bytes);
+}
+
 /* ------------------------------------------------------------------ mapping */
 
 static inline uint64_t up_page(uint64_t n) { return (n + 4095) & ~(uint64_t)4095; }
@@ -223,6 +228,7 @@ static int up_create(up_ring *r, int fd, uint64_t capacity, uint32_t policy, uin
     c->policy = policy;
     c->created = up_now_ns(CLOCK_REALTIME);
     c->head = c->last = c->cached_head = c->next = c->tail = c->cached_tail = up_position(start);
+    c->start = c->jump_from = c->jump_to = up_position(start);
     if (up_lock_init(c->registry_lock) || up_lock_init(c->producer_lock) || up_lock_init(c->consumer_lock)) {
         up_unmap(r);
         return UP_SYSTEM;

@@ -14,6 +14,7 @@ cdef class Ring(Mirrored):
         cdef uint64_t need = up_need(m.size, m.flags), pos = 0
         cdef int rc = UP_FULL
         self._fits(need)
+        self._pace(need, timeout)
         _waiting(&w, 1, need, timeout)
         try:
             while True:
@@ -205,7 +206,7 @@ cdef class Ring(Mirrored):
         pids = [self.r.slots[i].pid for i in range(UP_SLOTS) if self.r.slots[i].pid]
         return {
             "capacity": c.capacity, "head": head_pos, "tail": tail_pos, "next": UP_LD(&c.next),
-            "claimed": head.frames, "bytes": head.bytes, "refused": head.dropped,
+            "depth": up_in_use(&self.r, head_pos, &head, &tail), "claimed": head.frames, "bytes": head.bytes, "refused": head.dropped,
             "passed": tail.frames, "finished": tail.finished, "dropped": tail.dropped, "dead": tail.dead,
             "aborted": tail.aborted, "redelivered": c.redelivered, "corrupt": c.corrupt, "taken": c.taken,
             "max_depth": c.max_depth, "full_waits": c.full_waits, "empty_waits": c.empty_waits,
@@ -216,8 +217,12 @@ cdef class Ring(Mirrored):
     @property
     def room(self):
         """Bytes that no frame uses now. A hint: others write and finish meanwhile."""
+        cdef up_books head, tail
+        cdef uint64_t pos
         self._mapped()
-        return self.r.capacity - (up_position(UP_LDA(&self.r.c.head)) - up_position(UP_LDA(&self.r.c.tail)))
+        up_books_read(&self.r.c.tail, self.r.c.tail_books, &pos, &tail)
+        up_books_read(&self.r.c.head, self.r.c.head_books, &pos, &head)
+        return self.r.capacity - up_in_use(&self.r, pos, &head, &tail)
 
     def in_flight(self):
         """Frames between their claim and their end: those that wait and those that somebody holds."""

@@ -77,6 +77,8 @@ CONTROL = (
     Field(264, "uint64_t", "cached_tail", 0, "producers' copy of tail; guarded by producer_lock"),
     Field(272, "uint64_t", "last", 0, "position of the newest frame; a hint, guarded by producer_lock"),
     Field(280, "uint32_t", "producer_cpu", 0, "1 + CPU of the last claim: a consumer on the same one does not spin"),
+    Field(288, "uint64_t", "jump_from", 0, "where the latest jump's gap starts; guarded by producer_lock"),
+    Field(296, "uint64_t", "jump_to", 0, "where it ends; true once head is behind it; guarded by producer_lock"),
     Field(320, "up_books", "head_books", 2, "claimed frames and bytes, refused frames; the selected one is true"),
     Field(448, "uint64_t", "consumer_lock", 8, "robust mutex of the consumers' end"),
     Field(512, "uint64_t", "next", 0, "position of the next frame to be taken; guarded by consumer_lock"),
@@ -95,12 +97,13 @@ CONTROL = (
     Field(896, "uint64_t", "max_depth", 0, "most bytes in use seen at a claim (statistic)"),
     Field(904, "uint64_t", "full_waits", 0, "times a producer slept for room (statistic)"),
     Field(912, "uint64_t", "empty_waits", 0, "times a consumer slept for a frame (statistic)"),
+    Field(920, "uint64_t", "start", 0, "position where the stream begins"),
 )
 
 BOOKS = (
     Field(0, "uint64_t", "frames", 0, "frames: claimed (head) or passed (tail)"),
-    Field(8, "uint64_t", "bytes", 0, "payload bytes of them (head), ring bytes (tail)"),
-    Field(16, "uint64_t", "finished", 0, "tail: ended FINISHED"),
+    Field(8, "uint64_t", "bytes", 0, "payload bytes of them (head), ring bytes without gaps (tail)"),
+    Field(16, "uint64_t", "finished", 0, "tail: ended FINISHED; head: bytes of gaps"),
     Field(24, "uint64_t", "dropped", 0, "tail: ended DROPPED; head: refused on arrival by a drop policy"),
     Field(32, "uint64_t", "dead", 0, "tail: ended DEAD (in the dead letters)"),
     Field(40, "uint64_t", "aborted", 0, "tail: ended ABORTED (never a frame: an unfinished write)"),
@@ -151,6 +154,7 @@ STATES = (
     ("DROPPED", "removed by the queue's policy"),
     ("DEAD", "moved to the dead letters"),
     ("ABORTED", "padding: the write was never finished"),
+    ("GAP", "no frame: claims went on at a warmer place"),
 )
 """State word of a frame, at the granule where it starts: kind in bits 0-3, owner slot in 4-19, granules in 32-63."""
 

@@ -18,6 +18,8 @@ class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
     """Byte position before which everything is finished."""
     next: int
     """Byte position of the next frame to be taken."""
+    depth: int
+    """Bytes in use: those from tail to head, without the gaps that claims leave."""
     claimed: int
     """Frames that producers claimed, finished writes and not."""
     bytes: int
@@ -44,7 +46,7 @@ class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
     max_depth: int
     """Most bytes in use that were seen."""
     full_waits: int
-    """Times a producer slept for room."""
+    """Times a producer slept for room, or to let a consumer that keeps up catch up."""
     empty_waits: int
     """Times a consumer slept for a frame."""
     oldest_ns: int
@@ -59,11 +61,6 @@ class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
     """Processes that joined. Each counts once, however many handles it has."""
     handles: int
     """Handles that joined, several of one process too; a queue has places for 512 (TooManyParticipants)."""
-
-    @property
-    def depth(self) -> int:
-        """Bytes in use."""
-        return self.head - self.tail
 
     @property
     def in_flight(self) -> int:

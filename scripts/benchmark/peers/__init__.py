@@ -77,6 +77,7 @@ NNG = (("pynng", "pynng"),)
 ZENOH = (("zenoh", "eclipse-zenoh"),)
 RAY = (("ray", "ray"),)
 DORA = (("dora", "dora-rs"), ("pyarrow", "pyarrow"), ("dora_cli", "dora-rs-cli"))
+CLUSTER = (("cryptography", "cryptography"), ("aiohttp", "aiohttp"))
 IOX = (("iceoryx2", "iceoryx2"),)
 
 PEERS: tuple[Peer, ...] = (
@@ -114,6 +115,8 @@ PEERS: tuple[Peer, ...] = (
         without_crc="upipe.view",
     ),
     Peer("upipe.pipe", "upipe_pipe:Pipes", (), {}, (S, R, O, C, I, ST), 1.5e6, 10, 60, own=True),
+    Peer("upipe.mirror", "upipe_mirror:Mirrored", CLUSTER, {}, (X, XF), 1e6, 1, own=True),
+    Peer("upipe.mirror-many", "upipe_mirror:Mirrored", CLUSTER, {"many": True}, (X,), 8e6, own=True),
     Peer("mp.fork", "mp:Start", (), {"method": "fork"}, (ST,)),
     Peer("mp.spawn", "mp:Start", (), {"method": "spawn"}, (ST,)),
     Peer("mp.Queue", "mp:Queue", (), {}, (S, R, F, M, O, C, I, A), 240e3, 0.3, 130, key=True),
