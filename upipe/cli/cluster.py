@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _TO = click.option("--to", default="auto", metavar="HOST:PORT", help="Agent to ask; default as start(cluster='auto').")
 
 
-@click.command()
+@click.command(short_help="List the nodes of the cluster.")
 @_TO
 @needs_cluster
 def nodes(to: str) -> None:
@@ -24,7 +24,7 @@ def nodes(to: str) -> None:
     render.terminal().print(asyncio.run(_nodes(to)))
 
 
-@click.command()
+@click.command(short_help="List pipes: their workers, and what passed through.")
 @_TO
 @needs_cluster
 def pipes(to: str) -> None:
@@ -32,7 +32,7 @@ def pipes(to: str) -> None:
     render.terminal().print(asyncio.run(_pipes(to)))
 
 
-@click.group()
+@click.group(short_help="End a pipe: stop it now, or drain it.")
 def pipe() -> None:
     """End one pipe of the cluster, by its id (`upipe pipes`)."""
 

@@ -15,7 +15,7 @@ from upipe.cli.extra import needs_cluster
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-@click.command()
+@click.command(short_help="Check if a node would work on this host.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address on which the node shall listen.")
 @click.option("--port", default=7420, show_default=True, type=click.IntRange(1, 65535), help="And its port.")
 @click.option("--cluster", default="", help="Name of the cluster; peers of another one are a problem.")
