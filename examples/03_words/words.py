@@ -31,12 +31,12 @@ def python_files(limit: int) -> list[str]:
 
 def reader(*, config: list[str]):
     for number, path in enumerate(config):
-        yield number, Path(path).read_bytes()
+        yield [number, Path(path).read_bytes()]  # lists, since tuples are pickled, and a cluster refuses pickles
 
 
-def counter(record: tuple[int, bytes]) -> tuple[int, dict[str, int]]:
+def counter(record: list) -> list:
     number, text = record
-    return number, count(text)
+    return [number, count(text)]
 
 
 def count(text: bytes) -> dict[str, int]:

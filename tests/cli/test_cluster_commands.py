@@ -102,7 +102,7 @@ def test_the_doctor_as_json(seen: list[Seen]) -> None:
 
 
 def test_certificates_go_together(seen: list[Seen], tmp_path: Path) -> None:
-    result = invoke("doctor", "--tls-ca", str(tmp_path / "ca"))
+    result = invoke("doctor", "--ca", str(tmp_path / "ca"))
     assert result.exit_code == 2 and "go together" in result.output
 
 

@@ -111,7 +111,7 @@ async def test_the_cluster_is_listed_and_its_pipes_ended(node: Node, tmp_path: P
     pipe.add(Processor("a", len, workers=2))
     await pipe.start(cluster=node.seed)
     _, out, _ = await upipe("pipes")
-    assert "listed-" in out and "a#0 a#1" in out and "running" in out
+    assert "listed-" in out and "a#0,1" in out and "running" in out
     assert all(len(line) <= 80 for line in out.splitlines())
     name = out.split("listed-")[1].split()[0]
     status, out, err = await upipe("pipe", "drain", f"listed-{name}")

@@ -78,14 +78,14 @@ async def test_nobody_is_one_sentence_that_names_what_was_tried() -> None:
         await reach.reach("auto", browse=browse)
     text = str(caught.value)
     assert "the agent of this host" in text and "127.0.0.1:1" in text and "127.0.0.1:2" in text
-    assert text.endswith("start one with `upipe-node`, or name one: HOST:PORT") and "\n" not in text
+    assert text.endswith("Start one with `upipe-node`, or name one: HOST:PORT") and "\n" not in text
     with pytest.raises(NoAgent, match="multicast DNS: nobody answered within 2 s"):
         await reach.reach("auto", browse=nobody)
 
 
 async def test_another_cluster_is_told_so(tmp_path: Path) -> None:
     async with support.running(tmp_path, "one", secret=OTHER) as [one]:
-        with pytest.raises(NoAgent, match=r"same token file.*use the token of that cluster"):
+        with pytest.raises(NoAgent, match=r"same token file.*Use the token of that cluster"):
             await reach.reach(one.seed)
 
 

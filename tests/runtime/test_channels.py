@@ -10,7 +10,7 @@ import pytest
 
 from upipe import EndOfStream, FrameTooLarge, MemQ
 from upipe.graph.plan import OutputPlan
-from upipe.runtime.channels import Ended, Inputs, Output, Outputs
+from upipe.runtime.channels import LEAD, Ended, Inputs, Output, Outputs
 
 
 @pytest.fixture
@@ -268,22 +268,32 @@ def free(local: int, *queues: MemQ, key: Any = None) -> Outputs:
     return Outputs((Output(plan, queues, key),), None)
 
 
-def test_a_local_queue_goes_first_and_then_the_one_with_most_room(make: Any) -> None:
+def test_a_local_queue_goes_first_and_when_frames_wait_there_the_others_get_as_many(make: Any) -> None:
     local, half, empty = make(), make(), make()
     out = free(1, local, half, empty)
     assert out.only is None
     while half.room > half.capacity // 2:
         half.put(b"x" * 900)
     used = half.qsize()
-    while local.room >= local.capacity // 4:
+    while local.capacity - local.room <= LEAD:
         assert out.try_send(b"x" * 900)
     assert (half.qsize(), empty.qsize()) == (used, 0)
-    for _ in range(10):
+    ahead = local.qsize()
+    for _ in range(20):
         assert out.try_send(b"x" * 900)
-    assert (half.qsize(), empty.qsize()) == (used, 10)
+    assert half.qsize() == used and local.qsize() + empty.qsize() == ahead + 20
+    assert 0 <= local.qsize() - empty.qsize() <= ahead
     while out.try_send(b"x" * 900):
         pass
     assert max(one.room for one in (local, half, empty)) < 1024
+
+
+def test_a_local_queue_whose_readers_keep_up_gets_all(make: Any) -> None:
+    local, far = make(), make()
+    out, reader = free(1, local, far), MemQ.attach(local.name)
+    for number in range(100):
+        assert out.try_send(number) and reader.get_nowait() == number
+    assert far.qsize() == 0
 
 
 def test_of_equal_queues_each_gets_its_share(make: Any) -> None:
@@ -297,9 +307,12 @@ def test_of_equal_queues_each_gets_its_share(make: Any) -> None:
 def test_a_value_too_large_for_what_is_left_here_goes_where_it_fits(make: Any) -> None:
     local, far = make(), make()
     out = free(1, local, far)
-    while local.room > local.capacity // 2:
-        local.put(b"x" * 900)
-    assert out.try_send(b"x" * 40_000) and far.qsize() == 1
+    for queue, frames in ((local, 22), (far, 20)):
+        for _ in range(frames):
+            queue.put(b"x" * 900)
+    large = far.room - 128
+    assert local.room < large and far.room - local.room <= LEAD, "the local one is chosen first"
+    assert out.try_send(b"x" * large) and far.qsize() == 21
 
 
 def test_a_free_choice_and_a_copy_for_everyone_go_together(make: Any) -> None:

@@ -32,7 +32,8 @@ def encode_pickle(value: object, allow_pickle: bool) -> Encoded:
     if not allow_pickle:
         raise PickleRefused(
             f"{show(value)} could only be sent as a pickle, and pickle is refused here; send a scalar, str, bytes, an "
-            "array or a plain dict or list, give its class a codec with register_type(), or allow pickle"
+            "array or a plain dict or list, give its class a codec with register_type(), or take "
+            "pickles: Settings(allow_pickle=True)"
         )
     data, buffers = _pickled(value)
     if len(data) > MAX_U32 or len(buffers) > MAX_U32:
@@ -163,7 +164,8 @@ def read_pickle(data: memoryview, allow_pickle: bool) -> Any:
     if not allow_pickle:
         raise PickleRefused(
             "a pickled frame arrived where pickle is refused, and was not opened; let the sender use a type that needs "
-            "no pickle (scalars, str, bytes, arrays, plain dicts and lists, register_type()), or allow pickle"
+            "no pickle (scalars, str, bytes, arrays, plain dicts and lists, register_type()), or take pickles: "
+            "Settings(allow_pickle=True)"
         )
     if len(data) < 8:
         malformed(PICKLE, f"{len(data)} bytes cannot hold its preamble")

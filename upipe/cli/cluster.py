@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _TO = click.option("--to", default="auto", metavar="HOST:PORT", help="Agent to ask; default as start(cluster='auto').")
 
 
-@click.command()
+@click.command(short_help="List the nodes of the cluster.")
 @_TO
 @needs_cluster
 def nodes(to: str) -> None:
@@ -24,7 +24,7 @@ def nodes(to: str) -> None:
     render.terminal().print(asyncio.run(_nodes(to)))
 
 
-@click.command()
+@click.command(short_help="List pipes: their workers, and what passed through.")
 @_TO
 @needs_cluster
 def pipes(to: str) -> None:
@@ -32,7 +32,7 @@ def pipes(to: str) -> None:
     render.terminal().print(asyncio.run(_pipes(to)))
 
 
-@click.group()
+@click.group(short_help="End a pipe: stop it now, or drain it.")
 def pipe() -> None:
     """End one pipe of the cluster, by its id (`upipe pipes`)."""
 
@@ -85,24 +85,34 @@ async def _pipes(to: str) -> render.Picture:
     async with (await reach(to)).client() as client:
         found = await client.call(PIPES)
     columns = ("pipe", "state", "emitted", "finished", "dead", "dropped", "workers by node")
-    return render.listing(columns, [_pipe(one) for one in found.pipes], "no pipes")
+    return render.listing(columns, map(_pipe, found.pipes), "no pipes", filter(None, map(_why, found.pipes)))
 
 
 def _pipe(one: PipeInfo) -> tuple[str, ...]:
     books = [book for stream, book in one.told.books.items() if stream != "replies"]
     sums = (sum(getattr(book, name) for book in books) for name in ("emitted", "finished", "dead", "dropped"))
-    state = f"{one.told.state}: waits, {one.told.waiting}" if one.told.waiting else one.told.state
-    return (one.pipe, state, *map(render.count, sums), "\n".join(_seats(one)))
+    return (one.pipe, one.told.state, *map(render.count, sums), "\n".join(_seats(one)))
+
+
+def _why(one: PipeInfo) -> str:
+    """Why it failed, or what it waits for."""
+    if one.told.reasons:
+        return f"{one.pipe} {one.told.state}: {one.told.reasons[0].partition(chr(10))[0]}"
+    return f"{one.pipe} waits: {one.told.waiting}" if one.told.waiting else ""
 
 
 def _seats(one: PipeInfo) -> list[str]:
-    """node: a#0 a#1 b#0, for each node."""
-    found: dict[str, list[str]] = {}
+    """node: a#0,1 b#0, for each node."""
+    found: dict[str, dict[str, list[str]]] = {}
     for name, row in one.seats.items():
         for index, node in enumerate(row):
             if node:
-                found.setdefault(node, []).append(f"{name}#{index}")
-    return [f"{node[:8]}: {' '.join(workers)}" for node, workers in sorted(found.items())]
+                found.setdefault(node, {}).setdefault(name, []).append(str(index))
+    return [f"{node[:8]}: {' '.join(map(_crew, crew, crew.values()))}" for node, crew in sorted(found.items())]
+
+
+def _crew(name: str, numbers: list[str]) -> str:
+    return f"{name}#{','.join(numbers)}"
 
 
 async def _end(to: str, pipe: str, how: str, deadline: float) -> str:

@@ -15,20 +15,20 @@ from upipe.cli.extra import needs_cluster
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-@click.command()
+@click.command(short_help="Check if a node would work on this host.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address on which the node shall listen.")
 @click.option("--port", default=7420, show_default=True, type=click.IntRange(1, 65535), help="And its port.")
 @click.option("--cluster", default="", help="Name of the cluster; peers of another one are a problem.")
 @click.option("--join", "seeds", multiple=True, metavar="HOST:PORT", help="A node to ask; may be given again.")
 @click.option("--token-file", type=_FILE, help="Default $UPIPE_TOKEN_FILE or ~/.config/upipe/token.")
-@click.option("--tls-ca", type=_FILE, help="Certificates of your own: the CA,")
-@click.option("--tls-cert", type=_FILE, help="this host's certificate,")
-@click.option("--tls-key", type=_FILE, help="and its key.")
+@click.option("--ca", type=_FILE, help="Certificates of your own: the CA,")
+@click.option("--certificate", type=_FILE, help="this host's certificate,")
+@click.option("--key", type=_FILE, help="and its key.")
 @click.option("--json", "as_json", is_flag=True, help="As a JSON list.")
 @needs_cluster
 def doctor(
-    host: str, port: int, cluster: str, seeds: tuple[str, ...], token_file: Path | None, tls_ca: Path | None,
-    tls_cert: Path | None, tls_key: Path | None, as_json: bool,
+    host: str, port: int, cluster: str, seeds: tuple[str, ...], token_file: Path | None, ca: Path | None,
+    certificate: Path | None, key: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Check if a node would work here: shared memory, limits, token, port, multicast, peers, TLS, versions, clocks.
 
@@ -38,10 +38,10 @@ def doctor(
     from upipe.cluster.probes import SystemProbes
 
     own = None
-    if tls_ca and tls_cert and tls_key:
-        own = (tls_ca, tls_cert, tls_key)
-    elif tls_ca or tls_cert or tls_key:
-        raise click.UsageError("--tls-ca, --tls-cert and --tls-key go together")
+    if ca and certificate and key:
+        own = (ca, certificate, key)
+    elif ca or certificate or key:
+        raise click.UsageError("--ca, --certificate and --key go together")
     wanted = Wanted(host, port, cluster, seeds)
     seen = asyncio.run(SystemProbes(token_file, own).look(wanted))
     found = examine(wanted, seen, datetime.now(UTC))

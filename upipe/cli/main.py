@@ -104,10 +104,13 @@ def looks(times: int | None) -> Iterator[render.Picture]:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """uPipe: fast pipes of Python processes over shared memory."""
+    """uPipe: fast pipes of Python processes over shared memory, on one host or on many.
+
+    `upipe-node` makes a host a node of a cluster.
+    """
 
 
-@main.command()
+@main.command(short_help="List the queues of this user on this host.")
 @click.option("-w", "--watch", is_flag=True, help="Again every second, with rates, until Ctrl-C.")
 @click.option("-n", "--times", type=click.IntRange(1), help="With --watch: end after so many looks.")
 def queues(watch: bool, times: int | None) -> None:
@@ -125,7 +128,7 @@ def queues(watch: bool, times: int | None) -> None:
         pass  # the wanted end
 
 
-@main.command()
+@main.command(short_help="Remove what dead processes left in shared memory.")
 def sweep() -> None:
     """Remove what dead processes of this user left in shared memory.
 
@@ -152,7 +155,7 @@ def _weigh(session: Path) -> tuple[int, int]:
     return files, bytes_
 
 
-@main.command()
+@main.command(short_help="Print the versions of uPipe, its layout and Python.")
 def version() -> None:
     """Print the versions of uPipe, of its shared-memory layout and of Python."""
     click.echo(f"uPipe {__version__} (layout {LAYOUT_VERSION}), Python {platform.python_version()}")

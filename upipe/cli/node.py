@@ -17,12 +17,12 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--cluster", default="upipe", show_default=True, help="Its name; nodes of another are refused.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
 @click.option("--port", default=7420, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @click.option("--join", multiple=True, metavar="HOST:PORT", help="A node, or dns://NAME:PORT; may be given again.")
 @click.option("--labels", multiple=True, metavar="NAME=VALUE", help="What workers may ask for; may be given again.")
 @click.option("--resources", multiple=True, metavar="NAME=N", help="Beside, or instead of, what is found.")
-@click.option("--data-dir", type=_DIRECTORY, help="Where this node keeps what it must not forget.")
+@click.option("--data-dir", type=_DIRECTORY, help="Default /var/lib/upipe, or ~/.local/state/upipe/node.")
 @click.option("--token-file", type=_FILE, help="Default $UPIPE_TOKEN_FILE or ~/.config/upipe/token.")
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Name by which browsers and tools may call it.")
 @click.option("--ca", type=_FILE, help="Certificates of your own: the CA,")
@@ -51,8 +51,8 @@ def main(
     elif ca or certificate or key:
         _refuse("--ca, --certificate and --key go together")
     _run(Options(
-        cluster, host, port, join, labels, resources, data_dir or default_data_dir(), token_file, allow_host, own,
-        not no_multicast, drain_seconds,
+        cluster, host, port, join, labels, resources, (data_dir or default_data_dir()).absolute(), token_file,
+        allow_host, own, not no_multicast, drain_seconds,
     ))  # fmt: skip
 
 

@@ -229,20 +229,25 @@ def findings(found: Iterable[tuple[str, str, str, str, str]]) -> Group:
 # ---------------------------------------------------------------------------------------------------- lists
 
 
-def listing(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], nothing: str) -> Picture:
+def listing(
+    columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], nothing: str, notes: Iterable[str] = ()
+) -> Picture:
     """Plain rows under their columns; where 80 columns are not enough the first and the last one are folded. `nothing`
-    when there are none."""
+    when there are none; notes stand below."""
     found = list(rows)
     made = Table(
         expand=False, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", show_edge=False
     )
     for number, name in enumerate(columns):
-        longest = max((len(row[number]) for row in found), default=0)
-        folds = number in (0, len(columns) - 1)
-        made.add_column(name, overflow="fold", no_wrap=not folds, min_width=min(longest, 20) if folds else None)
+        longest = max((len(line) for row in found for line in row[number].splitlines()), default=0)
+        least = {0: 20, len(columns) - 1: 12}.get(number)
+        made.add_column(
+            name, overflow="fold", no_wrap=least is None, min_width=None if least is None else min(longest, least)
+        )
     for row in found:
         made.add_row(*map(Text, row))
-    return made if found else Text(nothing)
+    below = [Text(note, style="yellow") for note in notes]
+    return Group(made if found else Text(nothing), *(Text(), *below) * bool(below))
 
 
 # ---------------------------------------------------------------------------------------------------- progress

@@ -28,7 +28,10 @@ RETRIES = 60
 _TO = click.option("--to", default="auto", metavar="HOST:PORT", help="Agent to ask; default as start(cluster='auto').")
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    short_help="Run a script on the cluster, and follow its output.",
+)
 @_TO
 @click.option("--cluster", default="", help="Name that the cluster must have.")
 @click.option("--name", default="", help="Of the job; default the script's.")
@@ -69,7 +72,7 @@ def _pair(text: str) -> tuple[str, str]:
     return key, value
 
 
-@click.command()
+@click.command(short_help="List submitted scripts.")
 @_TO
 @needs_cluster
 def jobs(to: str) -> None:
@@ -77,7 +80,7 @@ def jobs(to: str) -> None:
     render.terminal().print(_run(_jobs(to)))
 
 
-@click.command()
+@click.command(short_help="Print what a submitted script prints.")
 @_TO
 @click.argument("job")
 @needs_cluster
@@ -89,7 +92,7 @@ def logs(to: str, job: str) -> None:
         raise SystemExit(130) from None
 
 
-@click.command()
+@click.command(short_help="Stop a submitted script.")
 @_TO
 @click.option("--deadline", default=STOP_SECONDS, show_default=True, help="Seconds to end by itself.")
 @click.argument("job")

@@ -9,7 +9,7 @@ import click
 from upipe.cli.extra import needs_cluster
 
 
-@click.group()
+@click.group(short_help="Make the secret of a cluster, or compare it.")
 def token() -> None:
     """The secret of a cluster: one file, the same on each host.
 
@@ -17,7 +17,7 @@ def token() -> None:
     """
 
 
-@token.command()
+@token.command(short_help="Make a new secret.")
 @click.option("--force", is_flag=True, help="Replace a token: hosts with the old one are closed out.")
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @needs_cluster
@@ -34,7 +34,7 @@ def create(force: bool, path: Path | None) -> None:
     click.echo("Now copy that file to each host of the cluster (scp -p keeps it closed to others).")
 
 
-@token.command("show-fingerprint")
+@token.command("show-fingerprint", short_help="Print what tells clusters apart.")
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @needs_cluster
 def show_fingerprint(path: Path | None) -> None:

@@ -10,15 +10,15 @@ def judge(own: NodeInfo, other: NodeInfo) -> Refused | None:
     if other.cluster != own.cluster:
         return Refused(
             "cluster-name",
-            f"node {other.node_id} at {_where(other)} belongs to cluster {other.cluster!r}, this node to "
-            f"{own.cluster!r}; give both the same --cluster, or remove it from --join",
+            f"node {other.node_id} at {_where(other)} belongs to cluster {other.cluster!r}, node "
+            f"{own.node_id} to {own.cluster!r}; give both the same --cluster, or remove it from --join",
         )
     if (other.protocol, other.layout) != (own.protocol, own.layout):
         older = min(other, own, key=lambda one: (one.protocol, one.layout))
         return Refused(
             "protocol-version",
-            f"node {other.node_id} at {_where(other)} runs uPipe {_version(other)}, this node {_version(own)}; "
-            f"update node {older.node_id}",
+            f"node {other.node_id} at {_where(other)} runs uPipe {_version(other)}, node {own.node_id} "
+            f"{_version(own)}; update node {older.node_id}",
         )
     if other.node_id == own.node_id and not _same(own, other):
         return Refused(

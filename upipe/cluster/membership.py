@@ -149,7 +149,7 @@ class Membership(Roster):
     def _dial_failed(self, event: DialFailed, now: float) -> None:
         self._dialer.failed(event.address, now, for_good=event.refused is not None)
         if event.refused is not None:
-            self._tell(event.refused.code, event.refused.sentence)
+            self._tell(event.refused.code, f"{event.address} refuses this node: {event.refused.sentence}")
 
     def _ping_answered(self, event: PingAnswered, now: float) -> None:
         info = event.gossip.info

@@ -27,10 +27,11 @@ _LIFE = re.compile(r"[0-9]{1,9}")
 
 
 def default_data_dir() -> Path:
-    """$XDG_STATE_HOME/upipe/node, or ~/.local/state/upipe/node; for root /var/lib/upipe."""
-    if os.geteuid() == 0:
+    """$XDG_STATE_HOME/upipe/node where that is set; else ~/.local/state/upipe/node, for root /var/lib/upipe."""
+    base = os.environ.get("XDG_STATE_HOME")
+    if not base and os.geteuid() == 0:
         return Path("/var/lib/upipe")
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    base = base or str(Path.home() / ".local" / "state")
     return Path(base) / "upipe" / "node"
 
 

@@ -82,13 +82,15 @@ async def reach(where: str = "auto", *, cluster: str = "", browse: Browse | None
                 return await _asked(client, target, secret, credentials, cluster)
         except ClusterError as error:
             unproven = error if isinstance(error, NodeUnproven) else unproven
-            tried.append(f"{told}: {error}")
-    todo = "start one with `upipe-node`, or name one: HOST:PORT"
+            tried.append(f"{told}: {error}" if told else str(error))
+    todo = "Start one with `upipe-node`, or name one: HOST:PORT"
     if where != "auto" or os.environ.get(CLUSTER_VARIABLE, "auto") not in ("auto", LOCAL):
-        todo = "is that the right address, and does `upipe-node` run there?"
+        todo = "Is that the right address?"
     if unproven is not None:
-        todo = "use the token of that cluster: $UPIPE_TOKEN_FILE or ~/.config/upipe/token"
-    raise NoAgent(f"no agent of this cluster ({secret.fingerprint}) answers; tried {'; '.join(tried)}. {todo}")
+        todo = "Use the token of that cluster: $UPIPE_TOKEN_FILE or ~/.config/upipe/token"
+    told = "; ".join(tried)
+    stop = "" if told.endswith("?") else "."
+    raise NoAgent(f"no agent of this cluster ({secret.fingerprint}) answers. Tried: {told}{stop} {todo}")
 
 
 async def _candidates(
@@ -98,7 +100,7 @@ async def _candidates(
     named = where if where != "auto" else "" if told in ("auto", LOCAL) else told
     if named:
         address = parse(named)
-        yield named if where != "auto" else f"${CLUSTER_VARIABLE}={named}", Target(address.host, address.port)
+        yield "" if where != "auto" else f"${CLUSTER_VARIABLE}={named}", Target(address.host, address.port)
         return
     own = default_data_dir() / SOCKET
     if own.exists():

@@ -27,8 +27,9 @@ FOREVER = 1e18
 SPINS = 64
 """Tries before a task sleeps for a frame: some microseconds, where a sleep and its wake cost the two sides thirty."""
 
-CROWDED = 4
-"""A local queue with less than this part of it free lets frames go to other nodes."""
+LEAD = 4096
+"""Bytes by which the backlog of a local queue may be longer than that of another node's before frames go there: some
+dozens of small frames, one large one. Longer spares the network, and lets the readers elsewhere idle."""
 
 
 class Ended(EndOfStream):
@@ -249,16 +250,20 @@ class Output:
         return self.rings[hashed % len(self.rings)], hashed
 
     def _roomy(self, most: bool) -> Ring:
-        """A local queue while it has some room, since its frames need no network; else the one with most of it. Of
-        equals another one each time: an empty queue has as much room as the next, and both have idle readers."""
+        """The one with most room: what waits in it, and what its readers hold, is least. A local queue if that is about
+        as good, since its frames need no network; a far one keeps its frames until they are known to be finished, so
+        it looks fuller the slower its way is. Of equals another one each time: both have idle readers."""
         self._turn += 1
-        for rings in (() if most else self.rings[: self.local], self.rings):
-            at = self._turn % len(rings) if rings else 0
-            best = max((*rings[at:], *rings[:at]), key=_room, default=None)
-            if best is not None and (rings is self.rings or best.room >= best.capacity // CROWDED):
-                break
-        assert best is not None
+        best = self._roomiest(self.rings)
+        if self.local and not most:
+            here = self._roomiest(self.rings[: self.local])
+            if here.capacity - here.room <= best.capacity - best.room + LEAD:
+                return here
         return best
+
+    def _roomiest(self, rings: tuple[Ring, ...]) -> Ring:
+        at = self._turn % len(rings)
+        return max((*rings[at:], *rings[:at]), key=_room)
 
 
 def _room(ring: Ring) -> int:
