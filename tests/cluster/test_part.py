@@ -171,7 +171,7 @@ async def test_after_a_restart_the_keeper_is_found_and_nothing_begins_anew(made,
     again = Means(tmp_path)
     again.engines = FakeEngines(means.engines.crew)
     second = Part("p", tmp_path / "orders", again, lambda _: None)
-    await second.recover(orders(1))
+    second.recover(orders(1))
     await until(lambda: again.told and again.told[-1].fence == (1, 1))
     assert again.engines.ferries["p"].calls[:2] == ["release", "follow"]
     assert len(means.engines.crew.started) == 1
@@ -181,6 +181,6 @@ async def test_after_a_restart_the_keeper_is_found_and_nothing_begins_anew(made,
 async def test_after_a_reboot_it_is_told_that_all_is_lost(tmp_path):
     means = Means(tmp_path)
     part = Part("p", tmp_path / "orders", means, lambda _: None)
-    await part.recover(orders(1))
+    part.recover(orders(1))
     await until(lambda: means.told and means.told[-1].lost)
     await part.close()
