@@ -9,7 +9,7 @@ class Timing(msgspec.Struct, frozen=True):
     """How fast a dead node is known, and what it costs.
 
     A node that dies is known dead by the one that notices within ``detection`` = ``ping_interval + ping_timeout +
-    relay_timeout + suspicion`` = 3.5 s, and by all others ``rumour_grace`` and a few ``gossip_interval`` later, since
+    relay_timeout + suspicion`` = 4 s, and by all others ``rumour_grace`` and a few ``gossip_interval`` later, since
     the suspicion has travelled to them in the meantime. 5 s are promised.
     """
 
@@ -21,7 +21,7 @@ class Timing(msgspec.Struct, frozen=True):
     too low costs relayed pings, never a life."""
     relay_timeout: float = 0.5
     """Seconds for the others' tries. When all fail, the node is suspect."""
-    suspicion: float = 2.0
+    suspicion: float = 2.5
     """Seconds in which a suspect may object. This is the pause that a living agent can afford (garbage collection, a
     machine swapping): ``relay_timeout + suspicion`` and more. Longer spares the slow and keeps work waiting for the
     dead."""
