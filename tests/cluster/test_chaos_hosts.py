@@ -47,7 +47,7 @@ def test_a_pipe_survives_whatever_happens_to_its_hosts(seed: int, tmp_path: Path
         hosts.wait_for_members(30)
         wanted = {"numbers#0", "record#0", *(f"work#{index}" for index in range(WORK))}
         once = Counter(dict.fromkeys(wanted, 1))
-        until(lambda: running(hosts) == once, 40, lambda: f"every worker once: {running(hosts)}\n{state(hosts)}\n{hosts.told()}")
+        until(lambda: hosts.running() == once, 40, lambda: f"every worker once: {hosts.running()}\n{state(hosts)}\n{hosts.told()}")
         flag.touch()
         told = hosts.result(program, 60)
         assert told["state"] == "completed" and told["balanced"], told
@@ -56,18 +56,6 @@ def test_a_pipe_survives_whatever_happens_to_its_hosts(seed: int, tmp_path: Path
         assert not missing, f"{len(missing)} are missing: {missing[:20]}\n{hosts.told()}"
         tell(f"{len(seen)} numbers, {sum(seen.values()) - len(seen)} again; {told}")
         until(lambda: not left(hosts), 20, lambda: f"nothing is left: {left(hosts)}\n{hosts.told()}")
-
-
-def running(hosts: Hosts) -> Counter[str]:
-    """How often each worker runs, over all hosts."""
-    found: Counter[str] = Counter()
-    for host in range(hosts.lan.hosts):
-        for pid in hosts.workers(host):
-            try:
-                found[Path(f"/proc/{pid}/comm").read_text().strip()] += 1
-            except OSError:
-                continue  # it ended
-    return found
 
 
 def state(hosts: Hosts) -> str:
