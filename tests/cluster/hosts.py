@@ -198,6 +198,15 @@ class Hosts:
                     found.append(pid)
         return found
 
+    def running(self) -> Counter[str]:
+        """How often each worker runs, over all hosts."""
+        found: Counter[str] = Counter()
+        for host in range(self.lan.hosts):
+            for pid in self.workers(host):
+                with contextlib.suppress(OSError):  # it ended
+                    found[Path(f"/proc/{pid}/comm").read_text().strip()] += 1
+        return found
+
     def kill_host(self, host: int) -> None:
         """Power off: every process of it dies at once, and its shared memory is gone."""
         while left := self.processes(host):

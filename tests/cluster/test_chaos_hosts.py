@@ -8,6 +8,7 @@ The oracle is the ledger outside uPipe. What must hold for every seed:
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections import Counter
@@ -19,6 +20,8 @@ import pytest
 from tests.cluster.faults import Faults, drawn
 from tests.cluster.hosts import Hosts, hosts_of, until
 from upipe.cluster.dealings import Save
+from upipe.cluster.keepers import Keeper
+from upipe.cluster.keeping import KeeperNews
 
 pytestmark = pytest.mark.timeout(400)
 LONG = os.environ.get("UPIPE_LONG") == "1"
@@ -44,7 +47,7 @@ def test_a_pipe_survives_whatever_happens_to_its_hosts(seed: int, tmp_path: Path
         hosts.wait_for_members(30)
         wanted = {"numbers#0", "record#0", *(f"work#{index}" for index in range(WORK))}
         once = Counter(dict.fromkeys(wanted, 1))
-        until(lambda: running(hosts) == once, 40, lambda: f"every worker once: {running(hosts)}\n{hosts.told()}")
+        until(lambda: hosts.running() == once, 40, lambda: f"every worker once: {hosts.running()}\n{state(hosts)}\n{hosts.told()}")
         flag.touch()
         told = hosts.result(program, 60)
         assert told["state"] == "completed" and told["balanced"], told
@@ -55,16 +58,28 @@ def test_a_pipe_survives_whatever_happens_to_its_hosts(seed: int, tmp_path: Path
         until(lambda: not left(hosts), 20, lambda: f"nothing is left: {left(hosts)}\n{hosts.told()}")
 
 
-def running(hosts: Hosts) -> Counter[str]:
-    """How often each worker runs, over all hosts."""
-    found: Counter[str] = Counter()
+def state(hosts: Hosts) -> str:
+    """Where workers should be, by the records and by their keepers, for messages."""
+
+    async def news(directory: Path) -> KeeperNews | None:
+        found: list[KeeperNews] = []
+        keeper = Keeper(directory, found.append, print)
+        if await keeper.find():
+            await asyncio.sleep(0.2)
+        keeper.close()
+        return found[-1] if found else None
+
+    told = []
     for host in range(hosts.lan.hosts):
-        for pid in hosts.workers(host):
-            try:
-                found[Path(f"/proc/{pid}/comm").read_text().strip()] += 1
-            except OSError:
-                continue  # it ended
-    return found
+        told.append(f"--- h{host} is {hosts.node_id(host)}")
+        for path in hosts.data(host).glob("records/*"):
+            one = msgspec.msgpack.decode(path.read_bytes(), type=Save).record
+            told.append(f"record {one.fence} of {one.coordinator}: {one.layout.placement.seats} wanted {one.wanted.seats} "
+                        f"ended {one.ended} evicted {one.evicted}")
+        for path in hosts.data(host).glob("pipes/*"):
+            said = asyncio.run(news(path))
+            told.append(f"keeper: {said and (said.fence, said.present, said.left, said.ended, said.workers)}")
+    return "\n".join(told)
 
 
 def left(hosts: Hosts) -> list[str]:

@@ -76,7 +76,7 @@ async def test_what_a_crash_left_and_what_nobody_used_is_removed_at_the_start(tm
     os.utime(store.path(name(b"old")), (1, 1))
     (store.directory / ".half").write_bytes(b"")
     (store.modules / ".half").mkdir()
-    Store(tmp_path)
+    Store(tmp_path).tidy()
     assert [path.name for path in store.directory.iterdir()] == [name(b"new")]
     assert not list(store.modules.iterdir())
 
@@ -125,3 +125,19 @@ async def test_links_and_what_is_no_archive_are_refused_whole(tmp_path):
         with pytest.raises(ArchiveRefused):
             store.unpack(sha)
     assert not list(store.modules.iterdir())
+
+
+async def test_what_a_pipe_needs_stays_however_long_ago_it_came(tmp_path: Path) -> None:
+    """A pipe may run for longer than KEEP_DAYS, and its agent may be started again meanwhile."""
+    store = Store(tmp_path)
+    for data in (b"runs here", b"recorded here", b"old"):
+        await put(store, data)
+        os.utime(store.path(name(data)), (1, 1))
+    again = Store(tmp_path, most=1)
+    again.pin("pipe", [name(b"runs here")])
+    again.needed = lambda: [name(b"recorded here")]
+    again.tidy()
+    assert {path.name for path in again.directory.iterdir()} == {name(b"runs here"), name(b"recorded here")}
+    with pytest.raises(NodeRefused, match="leave no room"):
+        await put(again, b"more")
+    assert {path.name for path in again.directory.iterdir()} == {name(b"runs here"), name(b"recorded here")}

@@ -150,6 +150,7 @@ class Agent:
         self.neighbours.machine.info = self.settled.info(self.identity, port, self._found)
         await self.parts.start()
         self.pipes.start()
+        self.store.tidy()
         self._say_hello(bound)
         await self.neighbours.start(self.settled.seeds, options.multicast)
         self._errands.run(self._renew(), "renew the certificate")
@@ -179,6 +180,7 @@ class Agent:
             me, Ledger(self._data.path / "records"), peers, live, self.neighbours.suspects, self.parts.order,
             self.neighbours.addresses, self._tell,
         )  # fmt: skip
+        self.store.needed = self.pipes.contents
         self._open.append(self.pipes.close)
         self._open.append(self._errands.close)
 

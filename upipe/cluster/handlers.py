@@ -115,7 +115,6 @@ class Handlers:
             raise refuse(403, "other_client", f"{identity.id} cannot submit a pipe for {request.client}.")
         if missing := self._store.missing(request.shipment.contents):
             raise refuse(409, "contents_missing", f"Upload these first (PUT /v1/code/...): {' '.join(missing)[:3900]}")
-        self._store.pin(request.id, request.shipment.contents)
         return await self._pipes.submit(request)
 
     async def pipe(self, call: Call) -> wire.PipeInfo:

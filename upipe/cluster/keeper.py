@@ -38,6 +38,9 @@ ORPHANED = 60.0
 """Seconds without an agent after which a keeper without a plan ends."""
 LAST_WORDS = 5.0
 """Seconds that the last news may take to be read."""
+FORGET_EVERY, FORGET_TRIES = 0.25, 40
+"""Seconds between two looks whether an agent that is gone is dead, and how many: a process with much memory takes a while
+to end."""
 MOST_LINES = 8
 """Connections at a time: the agent, tools, one that did not hear the end of another."""
 IN_USE = 3
@@ -109,13 +112,19 @@ class Keeper:
             _complain(f"a connection of process {line.pid} ended: {wrong}")
         start = self._lines.pop(line, 0)
         if start:
-            self.runner.forget_agent(line.pid, start)
+            self._forget(line.pid, start, FORGET_TRIES)
         if self._lines:
             return
         if self._alone is not None and not self._alone.done():
             self._alone.set_result(None)
         elif self.runner.node is None:
             self.loop.call_later(ORPHANED, self._orphaned)
+
+    def _forget(self, pid: int, start: int, tries: int) -> None:
+        """Give back the places in the queues of an agent that died. Its connection breaks before it counts as dead, and
+        one that only let go lives on, and has left its places itself."""
+        if not self.runner.forget_agent(pid, start) and tries > 1:
+            self.loop.call_later(FORGET_EVERY, self._forget, pid, start, tries - 1)
 
     def _orphaned(self) -> None:
         if not self._lines and self.runner.node is None:

@@ -295,13 +295,15 @@ class NodeRunner(Doing):
         self._open[worker] = self._open.get(worker, set()) & plan
         self._read.pop(worker, None)
 
-    def forget_agent(self, pid: int, start: int) -> None:
-        """An agent let go: if it died, give back its place in the queues."""
-        for ring in self.queues.values():
+    def forget_agent(self, pid: int, start: int) -> bool:
+        """An agent let go: if it died, give back its places in the queues. False: it has some, and is not dead."""
+        done = True
+        for ring in () if not self.present else (*self.queues.values(), *self.rings.dropping):
             try:
                 ring.recover(pid, start)
             except QueueError:
-                continue  # it lives, or is about to die: its place stays taken until somebody needs it
+                done = False  # it lives, or is about to die
+        return done
 
     # ------------------------------------------------------------------ ending
 

@@ -529,6 +529,10 @@ class Pipes:
 
     # ------------------------------------------------------------------ telling
 
+    def contents(self) -> set[str]:
+        """What the pipes that go on need of the store."""
+        return {one for entry in self.entries.values() for one in entry.record.shipment.contents}
+
     def info(self, pipe: str) -> wire.PipeInfo:
         """How a pipe is, as far as this node knows.
 

@@ -217,6 +217,9 @@ class _Step:
         for lane in self.layout.lanes:
             if lane.name not in kept:
                 books[lane.stream] = books.get(lane.stream, Books()) + states[lane.name].books
+        for lane in self.before.layout.lanes:
+            if not any(lane.reader in (one.home, one.reader) for one in after.lanes if one.name == lane.name):
+                books[lane.stream] = books.get(lane.stream, Books()) + _at_sink(lane, self.view.reports)
         self.layout = after
         self._change(layout=after, books=books)
 
@@ -293,7 +296,15 @@ def totals(record: Record, reports: Iterable[NodeReport]) -> dict[str, Books]:
         report = by_node.get(lane.home)
         if report is not None and lane.name in report.queues:
             found[lane.stream] = found.get(lane.stream, Books()) + report.queues[lane.name].books
+        found[lane.stream] = found.get(lane.stream, Books()) + _at_sink(lane, by_node)
     return found
+
+
+def _at_sink(lane: Lane, reports: Mapping[str, NodeReport]) -> Books:
+    """What only the copy of a lane knows: its source is told what is finished there, not how often it was begun."""
+    report = reports.get(lane.reader) if lane.reader != lane.home else None
+    state = report.queues.get(lane.name) if report is not None else None
+    return Books(redelivered=state.books.redelivered) if state is not None else Books()
 
 
 def crews(record: Record, reports: Iterable[NodeReport]) -> dict[str, Crew]:

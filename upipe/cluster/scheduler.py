@@ -216,7 +216,7 @@ class Scheduler:
 
     def _strays(self) -> list[str]:
         """Nodes that have nothing to do for the pipe any more, and have not ended what they had of it."""
-        known = {**plans(self.record), self.record.layout.client: None}
+        known = plans(self.record)
         return [node for node, one in self.reports.items() if one.present and node in self.up and node not in known]
 
     def _tell(self) -> list[Command]:

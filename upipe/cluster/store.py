@@ -4,8 +4,9 @@
     DATA_DIR/modules/<sha256>/...     an archive, unpacked once: written aside, renamed
 
 Owned by the agent that holds the data directory's lock. After kill -9 files that were being written are left, and
-removed at the next start. What nobody used for KEEP_DAYS goes then too; in between the oldest go when MOST_BYTES are
-reached, but for those that a pipe here needs (`pin`). Nothing here is executed or unpickled: workers do that.
+removed at the next start. What nobody used for KEEP_DAYS goes then too (`tidy`); in between the oldest go when
+MOST_BYTES are reached; never those that a pipe needs whose workers run here (`pin`) or whose record lies here
+(`needed`). Nothing here is executed or unpickled: workers do that.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 
 from upipe.cluster import archive
@@ -40,15 +41,23 @@ class Store:
         self.directory = directory / "code"
         self.modules = directory / "modules"
         self._most = most
+        self.needed: Callable[[], Iterable[str]] = tuple
+        """Contents of the pipes whose records lie here: other nodes may ask for them."""
         self._pins: dict[str, frozenset[str]] = {}
         for one in (self.directory, self.modules):
             one.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._tidy(time.time() - KEEP_DAYS * 86_400)
+        for path in (*self.directory.glob(".*"), *self.modules.glob(".*")):
+            _remove(path)
 
-    def _tidy(self, before: float) -> None:
+    def tidy(self) -> None:
+        """Remove what was not used lately. Call it when it is known what is pinned and needed."""
+        before, kept = time.time() - KEEP_DAYS * 86_400, self._kept()
         for path in (*self.directory.iterdir(), *self.modules.iterdir()):
-            if path.name.startswith(".") or path.lstat().st_mtime < before:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.name not in kept and path.lstat().st_mtime < before:
+                _remove(path)
+
+    def _kept(self) -> set[str]:
+        return {*self.needed()}.union(*self._pins.values())
 
     # ------------------------------------------------------------------ contents
 
@@ -118,7 +127,7 @@ class Store:
         return size
 
     def _make_room(self, size: int, keep: str) -> None:
-        pinned = {keep}.union(*self._pins.values())
+        pinned = {keep, *self._kept()}
         found = [(path.lstat(), path) for path in self.directory.iterdir() if not path.name.startswith(".")]
         total = size + sum(status.st_size for status, path in found if path.name != keep)
         for status, path in sorted(found, key=lambda one: one[0].st_mtime):
@@ -155,3 +164,7 @@ class Store:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return target
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
