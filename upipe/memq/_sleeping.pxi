@@ -145,6 +145,11 @@ cdef class Sleeper(Handle):
             return up_ended(&self.r) != 0
         return up_kind(UP_LDA(up_state_at(&self.r, at))) != UP_CLAIMED  # its commit wakes somebody
 
+    cdef inline bint _nothing_yet(self) noexcept:
+        """Surely nothing to take, and no end; without the lock. The producers' word is looked at only when all that was
+        known of has been taken, so that a stream does not pay for it."""
+        return UP_LD(&self.r.c.next) == UP_LD(&self.r.c.cached_head) and not self._something()
+
     def bell(self, int producer):
         """The doorbell of this handle for frames (0) or room (1): a file descriptor to watch is its .fd."""
         self._begin()

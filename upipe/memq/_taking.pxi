@@ -69,7 +69,10 @@ cdef class Taker(Putter):
         w.lull = <void *>lull if lull is not None else NULL
         try:
             while True:
-                rc = self._try_consume(out) if out != NULL else UP_TOOBIG
+                if out != NULL and self._nothing_yet():
+                    rc = UP_EMPTY
+                else:
+                    rc = self._try_consume(out) if out != NULL else UP_TOOBIG
                 if rc == UP_TOOBIG:
                     rc = self._try_take(pos, holding)
                     if rc == UP_OK:

@@ -130,8 +130,9 @@ static inline void up_arm(up_ring *r, uint64_t *bits) { /* SYNC waiting: after t
 static inline int up_disarm(up_ring *r, uint64_t *bits) {
     up_control *c = r->c;
     if (!up_joined(r)) return 1;
-    uint64_t bit = 1ull << (r->slot & 63);
-    if (__atomic_fetch_and(&bits[r->slot / 64], ~bit, __ATOMIC_SEQ_CST) & bit) return 1;
+    uint64_t bit = 1ull << (r->slot & 63), *word = &bits[r->slot / 64];
+    /* A bit that is clear was cleared by who woke us, and the acquire shows us what that was for. */
+    if (UP_LDA(word) & bit && __atomic_fetch_and(word, ~bit, __ATOMIC_SEQ_CST) & bit) return 1;
     if (bits == c->consumers_waiting && (UP_LD(&c->redeliver) || UP_LD(&c->next) != up_position(UP_LDA(&c->head))))
         up_wake_consumers(r, 1);
     return 0;
