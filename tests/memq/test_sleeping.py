@@ -284,7 +284,7 @@ async def many_trips(q, child) -> None:
 
     def echoes() -> None:
         while (before := there.get()) is not None:
-            until(lambda: q.stats().empty_waits > before and asleep(parent))  # noqa: B023
+            until(lambda: q.stats().empty_waits > before and asleep(parent))
             q.put(before)
 
     process = child(echoes)

@@ -2,9 +2,9 @@
 # cython: embedsignature=True
 """Ring: one handle of one queue. The thin wrapper of _ring.h: arguments in, encode, lock, move, wake, decode.
 
-Waiting, in every blocking call: try; spin briefly; arm (set the waiting bit); try again; sleep in poll(2) on the own
-doorbell and, in a stand-alone queue, on pidfds of the other participants. The second try under the lock makes the sleep
-safe.
+Waiting, in every blocking call: try; spin briefly; arm (set the waiting bit); look again; nap on a futex, or sleep in
+poll(2) on the own doorbell and, in a stand-alone queue, on pidfds of the other participants. The look after the bit was
+set makes the sleep safe.
 """
 
 import errno as _errno

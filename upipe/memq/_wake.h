@@ -27,9 +27,9 @@ static inline int up_spin(up_ring *r, int producer, uint64_t *word, uint64_t bef
     return 0;
 }
 
-/* A thread's first sleep is a nap on a futex in its slot: half the system calls of a doorbell. The word is 1 from before the
- * bit is set until somebody wakes it (or the last thread leaves); a nap is short, or watched by a supervisor, since a futex
- * cannot be waited for together with pidfds. */
+/* A thread sleeps in a nap on a futex in its slot: half the system calls of a doorbell. The word is 1 from before the
+ * bit is set until somebody wakes it (or the last thread leaves); a nap is short, or watched by a supervisor or by the lookout
+ * (_lookout.h), since a futex cannot be waited for together with pidfds. */
 static inline uint32_t *up_nap(up_slot *s, int producer) { return producer ? &s->nap_producer : &s->nap_consumer; }
 
 static inline void up_nap_set(uint32_t *nap, uint32_t value) { __atomic_store_n(nap, value, __ATOMIC_SEQ_CST); }
