@@ -11,8 +11,9 @@
  * SYNC lookout (Dekker): who naps sets its futex word, says which word (up_post_nap) and looks whether the post is quiet; the
  * thread makes the post loud, reads which word, and wakes it. One of them sees the other.
  *
- * Owner: the process; nothing outlives it. A forked child has no such thread and no posts (up_lookout_child). The words that
- * posts name lie in mappings: before one is unmapped its posts are gone or name nothing, and up_lookout_settle() has been called.
+ * Owner: the process; nothing outlives it. A forked child has no such thread and no posts: pthread_atfork sees to that inside
+ * fork(2), before any code there can end a post, which would be a change to the parent's set. The words that posts name lie in
+ * mappings: before one is unmapped its posts are gone or name nothing, and up_lookout_settle() has been called.
  * Rejected: futex_waitv on robust words that the kernel wakes when their owner dies (it is a thread that dies there, not a
  * process); POSIX timers (signals in the user's program).
  */
@@ -28,7 +29,7 @@
 #define UP_LOOKOUT_STACK (128 * 1024)
 
 typedef struct up_post {
-    uint64_t id; /* 0 = free; else a multiple of UP_POSTS plus the index, never used again */
+    uint64_t id; /* 0 = free; else a multiple of UP_POSTS plus the index, never used again; written with the mutex */
     int fd;
     uint32_t quiet; /* armed, and has not fired since */
     uint32_t *words[UP_POST_WORDS]; /* to wake, NULL = none */
@@ -43,6 +44,13 @@ static pthread_mutex_t up_lookout_mutex = PTHREAD_MUTEX_INITIALIZER;
 static inline up_post *up_post_of(uint64_t id) {
     up_post *p = &up_posts[id % UP_POSTS];
     return id && __atomic_load_n(&p->id, __ATOMIC_RELAXED) == id ? p : NULL;
+}
+
+/* With the mutex. Who looks without it at a post that another thread ends sees that, or what it was. */
+static void up_post_name(up_post *p, uint64_t id, uint32_t *first, uint32_t *second) {
+    __atomic_store_n(&p->words[0], first, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&p->words[1], second, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&p->id, id, __ATOMIC_RELEASE);
 }
 
 static void up_post_fire(up_post *p) { /* with the mutex */
@@ -68,8 +76,20 @@ static void *up_lookout_run(void *set) {
     }
 }
 
+static void up_lookout_forks(void) { pthread_mutex_lock(&up_lookout_mutex); }
+static void up_lookout_parent(void) { pthread_mutex_unlock(&up_lookout_mutex); }
+
+/* In a forked child: the parent's set is only closed. */
+static void up_lookout_child(void) {
+    if (up_lookout_fd >= 0) close(up_lookout_fd);
+    up_lookout_fd = -1;
+    memset(up_posts, 0, sizeof up_posts);
+    pthread_mutex_unlock(&up_lookout_mutex);
+}
+
 /* With the mutex: make the epoll set and the thread. All signals are blocked there: they are the user's threads' business. */
 static int up_lookout_start(void) {
+    static int prepared; /* and so are children, and theirs */
     pthread_attr_t attr;
     pthread_t thread;
     sigset_t all, old;
@@ -79,6 +99,13 @@ static int up_lookout_start(void) {
         close(low);
     }
     if (fd < 0) return UP_SYSTEM;
+    if (!prepared) {
+        if (pthread_atfork(up_lookout_forks, up_lookout_parent, up_lookout_child)) {
+            close(fd);
+            return UP_SYSTEM;
+        }
+        prepared = 1;
+    }
     sigfillset(&all);
     pthread_attr_init(&attr);
     pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
@@ -110,16 +137,15 @@ static uint64_t up_post_new(int fd, uint32_t *first, uint32_t *second) {
     uint64_t id = 0;
     pthread_mutex_lock(&up_lookout_mutex);
     if (up_lookout_fd >= 0 || up_lookout_start() == UP_OK) {
-        for (uint32_t i = 1; i < UP_POSTS && !id; i++) { /* not the one at 0: no id is 0 */
+        for (uint32_t i = 1; i < UP_POSTS; i++) { /* not the one at 0: no id is 0 */
             up_post *p = &up_posts[i];
             if (p->id) continue;
-            p->id = id = ++up_posts_made * UP_POSTS + i;
+            id = ++up_posts_made * UP_POSTS + i;
             p->fd = fd;
-            p->words[0] = first, p->words[1] = second;
-            if (!up_post_watch(p, EPOLL_CTL_ADD)) {
-                p->id = id = 0;
-                break;
-            }
+            up_post_name(p, id, first, second);
+            if (up_post_watch(p, EPOLL_CTL_ADD)) break;
+            up_post_name(p, id = 0, NULL, NULL);
+            break;
         }
     }
     pthread_mutex_unlock(&up_lookout_mutex);
@@ -132,7 +158,7 @@ static inline int up_post_quiet(uint64_t id) {
     return p && __atomic_load_n(&p->quiet, __ATOMIC_SEQ_CST);
 }
 
-/* Arm it again after it fired; it fires at once when the descriptor is readable. 0 when it is gone. */
+/* Arm it again after it fired, its descriptor still open; it fires at once when that is readable. 0 when it is gone. */
 static int up_post_again(uint64_t id) {
     if (!id) return 0;
     pthread_mutex_lock(&up_lookout_mutex);
@@ -158,8 +184,7 @@ static void up_post_end(uint64_t id) {
         int other = 0;
         for (int i = 0; i < UP_POSTS; i++) other |= up_posts[i].id > id && up_posts[i].fd == p->fd;
         if (!other) (void)epoll_ctl(up_lookout_fd, EPOLL_CTL_DEL, p->fd, NULL);
-        p->id = 0;
-        p->words[0] = p->words[1] = NULL;
+        up_post_name(p, 0, NULL, NULL);
     }
     pthread_mutex_unlock(&up_lookout_mutex);
 }
@@ -168,14 +193,6 @@ static void up_post_end(uint64_t id) {
 static void up_lookout_settle(void) {
     pthread_mutex_lock(&up_lookout_mutex);
     pthread_mutex_unlock(&up_lookout_mutex);
-}
-
-/* In a forked child: the parent's set is only closed, since a change to it would be a change to the parent's. */
-static void up_lookout_child(void) {
-    pthread_mutex_init(&up_lookout_mutex, NULL);
-    if (up_lookout_fd >= 0) close(up_lookout_fd);
-    up_lookout_fd = -1;
-    memset(up_posts, 0, sizeof up_posts);
 }
 
 #endif

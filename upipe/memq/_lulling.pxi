@@ -35,6 +35,7 @@ cdef class Lull:
             return False
         if up_post_quiet(self.post) or up_post_again(self.post):
             return True
+        up_post_end(self.post)
         self.post = up_post_new(self.fd, NULL, NULL)
         if self.post == 0:
             self.frames = 0

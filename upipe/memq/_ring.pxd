@@ -198,4 +198,3 @@ cdef extern from "_lookout.h" nogil:
     void up_post_nap(uint64_t id, uint32_t *word)
     void up_post_end(uint64_t id)
     void up_lookout_settle()
-    void up_lookout_child()

@@ -102,7 +102,6 @@ def _after_fork_in_child():
     _generation += 1
     _lull_loop = _lull_last = None
     up_bell_child()
-    up_lookout_child()
     up_bell_forget()
 
 

@@ -270,6 +270,7 @@ cdef class Sleeper(Handle):
             self.often = 0  # no descriptor left: then later
             return 0
         if not up_post_again(self.post):
+            up_post_end(self.post)
             self.post = up_post_new(self.watch.fd, &self.r.slots[self.r.slot].nap_consumer,
                                     &self.r.slots[self.r.slot].nap_producer)
             if self.post == 0:
