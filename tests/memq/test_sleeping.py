@@ -12,7 +12,7 @@ from queue import Empty
 
 import pytest
 
-from tests.memq.helpers import DEADLINE, FORK, Thread, few_descriptors, kill, until
+from tests.memq.helpers import DEADLINE, FORK, Thread, end, few_descriptors, kill, until
 from upipe.errors import QueueClosed
 from upipe.memq import segment
 from upipe.memq._ring import Lull, Ring
@@ -203,6 +203,18 @@ def test_a_forked_child_has_a_lookout_of_its_own(queue, child):
     getting = naps_on(q)
     kill(peer)
     assert getting.result() == 1
+
+
+def test_children_are_forked_while_threads_nap(queue, child):
+    """Each is a newcomer and a peer that ends: the threads are busy with their watch while the next one is forked."""
+    q = queue(1 << 16)
+    q.never_end()
+    nap_often(q)
+    threads = [Thread(lambda: [q.get(timeout=DEADLINE) for _ in range(20)]) for _ in range(2)]
+    for number in range(40):
+        end(child(q.put, number))
+    assert sorted(number for t in threads for number in t.result()) == list(range(40))
+    assert q.stats().empty_waits < 5000  # some 260; nobody was kept busy
 
 
 def test_a_handle_that_is_closed_leaves_nothing_with_the_lookout(queue):

@@ -213,7 +213,9 @@ class PeerWatch(Watch):
         with self._mutex:
             wanted = set(peers)
             for key in [key for key in self._pidfds if key not in wanted]:
-                os.close(self._pidfds.pop(key))  # which also takes it out of the epoll set
+                gone = self._pidfds.pop(key)
+                self._epoll.unregister(gone)  # a close takes it out only when no child that was just forked has a copy
+                os.close(gone)
             for pid, start in wanted - self._pidfds.keys():
                 try:
                     fd = os.pidfd_open(pid)
@@ -225,8 +227,12 @@ class PeerWatch(Watch):
                 if segment.start_time(pid) != start:  # the pid went to somebody else: that peer is dead
                     os.close(fd)
                     return True
+                try:
+                    self._epoll.register(fd, select.EPOLLIN)
+                except OSError:
+                    os.close(fd)
+                    raise
                 self._pidfds[(pid, start)] = fd
-                self._epoll.register(fd, select.EPOLLIN)
             self.joined = joined
             return bool(self._epoll.poll(0, 1))
 
@@ -263,7 +269,10 @@ class PeerWatch(Watch):
                 os.close(fd)
             self._pidfds.clear()
 
-    forked = _close
+    def forked(self) -> None:
+        """In a forked child: close the copies. Another thread of the parent may have been in refresh()."""
+        self._mutex = threading.Lock()
+        self._close()
 
     def __del__(self) -> None:
         if hasattr(self, "_mutex") and not self._epoll.closed:  # else a signal handler raised in __init__
