@@ -94,7 +94,7 @@ def left_by(pids: set[int]) -> list[str]:
 
 @pytest.mark.chaos
 @pytest.mark.timeout(900 if KILLS > 200 else 150)
-def test_nothing_is_lost_or_corrupt_when_producers_and_consumers_are_killed_at_random(tmp_path):
+def test_nothing_is_lost_or_corrupt_when_producers_and_consumers_are_killed_at_random(tmp_path, monkeypatch):
     rng = random.Random(20240)
     _ring.forget_bells()
     before = descriptors()
@@ -186,7 +186,10 @@ def test_nothing_is_lost_or_corrupt_when_producers_and_consumers_are_killed_at_r
     q.close()
     q.unlink()
     assert not (segment.root() / name).exists()
-    until(lambda: segment.sweep() is not None and not left_by(pids), f"the sweep of {left_by(pids)}")
+    # One that was killed between making its session and locking it leaves a directory without a lock, which might be that
+    # of a process that starts: it is left alone for a minute. Of these processes none starts any more.
+    monkeypatch.setattr(segment, "YOUNG", 0.0)
+    until(lambda: segment.sweep() is not None and not left_by(pids), "the sweep")
     for pid in pids:
         with pytest.raises(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)  # no zombie, no child

@@ -7,19 +7,43 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from queue import Empty
 
 import pytest
 
-from tests.memq.helpers import DEADLINE, FORK, Thread, kill, until
+from tests.memq.helpers import DEADLINE, FORK, Thread, end, few_descriptors, kill, until
 from upipe.errors import QueueClosed
 from upipe.memq import segment
-from upipe.memq._ring import Ring
-from upipe.memq.wakeup import LULL, lull
+from upipe.memq._ring import Lull, Ring
+from upipe.memq.queue import MemQ
+from upipe.memq.wakeup import lull
 
 
 def asleep(pid: int) -> bool:
     return segment.process_state(pid) == "S"
+
+
+OFTEN = 16
+"""As in _ring.pyx."""
+TRIPS = 50
+"""More than twice as many."""
+
+
+
+
+def sleeps_in(thread: int, how: str) -> bool:
+    """A nap is FUTEX_WAIT on memory that is shared; who waits for Python's lock waits in private memory (its second
+    argument is not 0)."""
+    task = Path(f"/proc/self/task/{thread}")
+    call = task.joinpath("syscall").read_text().split()
+    nap = "futex" in task.joinpath("wchan").read_text() and len(call) > 2 and call[2] == "0x0"
+    return nap if how == "nap" else "poll" in task.joinpath("wchan").read_text()
+
+
+def lookouts() -> int:
+    """Threads of this process that watch for naps."""
+    return sum(task.joinpath("comm").read_text() == "upipe-lookout\n" for task in Path("/proc/self/task").iterdir())
 
 
 def test_a_thread_that_naps_is_woken_by_a_frame_and_by_close(queue):
@@ -97,6 +121,121 @@ def test_a_signal_handler_runs_during_a_nap(queue, child):
     assert told.get() == 1
 
 
+# ---------------------------------------------------------------------------- the lookout
+
+
+def nap_often(q) -> None:
+    """So often that the lookout watches."""
+    for _ in range(TRIPS):
+        with pytest.raises(Empty):
+            q.get(timeout=0.001)
+    assert lookouts() == 1
+
+
+def naps_on(q) -> Thread:
+    """A thread that waits on the queue, which sleeps in a nap without end."""
+    before, tasks = q.stats().empty_waits, set(os.listdir("/proc/self/task"))
+    getting = Thread(q.get)
+    until(lambda: q.stats().empty_waits > before, "the wait")
+    (thread,) = set(os.listdir("/proc/self/task")) - tasks
+    until(lambda: sleeps_in(int(thread), "nap"), "the nap")
+    return getting
+
+
+def holds(q, told) -> None:
+    q.take()
+    told.set()
+    signal.pause()
+
+
+def test_a_peer_that_ends_ends_the_nap_of_one_that_naps_often(queue, child):
+    q = queue(4096, producers=2)
+    nap_often(q)
+    for number in range(3):  # each time a newcomer, whom the lookout gets to know
+        q.put(number)
+        told = FORK.Event()
+        peer = child(holds, q, told)
+        assert told.wait(DEADLINE)
+        getting = naps_on(q)
+        kill(peer)
+        assert getting.result() == number
+    assert lookouts() == 1
+
+
+def test_a_newcomer_that_ends_is_noticed_by_one_that_naps_already(queue, child):
+    q = queue(4096, producers=2)
+    nap_often(q)
+    q.put("first")
+    told = FORK.Event()
+    peer = child(holds, q, told)
+    assert told.wait(DEADLINE)
+    getting = naps_on(q)
+    q.put("second")
+    assert getting.result() == "second"
+    getting = naps_on(q)
+    later = FORK.Event()
+    newcomer = child(lambda: (q.bell(0), later.set(), signal.pause()))
+    assert later.wait(DEADLINE)
+    kill(newcomer)
+    kill(peer)
+    assert getting.result() == "first"
+
+
+def test_a_forked_child_has_a_lookout_of_its_own(queue, child):
+    q, back = queue(4096, producers=2), queue(4096)
+    nap_often(q)
+
+    def child_naps() -> None:
+        before = lookouts()
+        nap_often(q)
+        back.put(before)
+        back.put(q.get(timeout=DEADLINE))
+
+    child(child_naps)
+    assert back.get(timeout=DEADLINE) == 0
+    q.put("for the child")
+    assert back.get(timeout=DEADLINE) == "for the child"
+    nap_often(q)  # and the parent's still stands
+    told = FORK.Event()
+    q.put(1)
+    peer = child(holds, q, told)
+    assert told.wait(DEADLINE)
+    getting = naps_on(q)
+    kill(peer)
+    assert getting.result() == 1
+
+
+def test_children_are_forked_while_threads_nap(queue, child):
+    """Each is a newcomer and a peer that ends: the threads are busy with their watch while the next one is forked."""
+    q = queue(1 << 16)
+    q.never_end()
+    nap_often(q)
+    threads = [Thread(lambda: [q.get(timeout=DEADLINE) for _ in range(20)]) for _ in range(2)]
+    for number in range(40):
+        end(child(q.put, number))
+    assert sorted(number for t in threads for number in t.result()) == list(range(40))
+    assert q.stats().empty_waits < 5000  # some 260; nobody was kept busy
+
+
+def test_a_handle_that_is_closed_leaves_nothing_with_the_lookout(queue):
+    for _ in range(3):
+        q = queue(4096)
+        nap_often(q)
+        q.close()
+        q.unlink()
+
+
+def test_without_a_descriptor_for_the_lookout_naps_stay_short(queue, child):
+    q = queue(4096, producers=2)
+    child(q.bell, 0)
+    q.bell(0)
+    for _ in range(TRIPS // 4):
+        with few_descriptors(0), pytest.raises(Empty):
+            q.get(timeout=0.001)
+    q.put(1)
+    assert q.get() == 1
+
+
 # ---------------------------------------------------------------------------- lulls
 
 
@@ -107,8 +246,8 @@ async def test_a_loop_with_something_to_do_has_no_lull():
     assert lull(None) is None
     await asyncio.sleep(0)
     timer = loop.call_later(0.2, lambda: None)
-    seconds, fd = lull(None)
-    assert 0 < seconds <= 0.2 and fd >= 0
+    seconds, quiet = lull(None)
+    assert 0 < seconds <= 0.2 and quiet.fd == loop._selector.fileno()
     assert lull(0.1)[0] == 0.1 and lull(0) is None
     timer.cancel()
     loop.set_debug(True)
@@ -126,22 +265,7 @@ def test_another_kind_of_loop_has_no_lull():
         assert runner.run(ask()) is None
 
 
-@pytest.fixture
-def lulls(monkeypatch):
-    """How often get_or slept in a lull."""
-    count = []
-    original = lull
-
-    def counted(timeout):
-        found = original(timeout)
-        count.append(found is not None)
-        return found
-
-    monkeypatch.setattr("upipe.memq.queue.lull", counted)
-    return count
-
-
-async def test_in_a_lull_a_frame_comes_without_a_turn_of_the_loop(queue, child, lulls):
+async def test_in_a_lull_a_frame_comes_without_a_turn_of_the_loop(queue, child):
     q = queue(4096)
     go = FORK.Event()
     child(lambda: (go.wait(), until(lambda: q.stats().empty_waits), q.put(3)))
@@ -152,21 +276,54 @@ async def test_in_a_lull_a_frame_comes_without_a_turn_of_the_loop(queue, child, 
         turns += 1
 
     go.set()
-    asyncio.get_running_loop().call_later(LULL, turn)  # no reason to give up before
+    asyncio.get_running_loop().call_later(DEADLINE, turn)  # no reason to give up before
     assert await q.aget(DEADLINE) == 3
-    assert lulls == [True] and turns == 0
+    assert q.bell(0)._loops == {} and turns == 0  # it never asked the loop to watch
 
 
-async def test_timers_other_threads_and_other_descriptors_end_a_lull(queue):
-    """Else nothing but a frame, which never comes, would end the wait before LULL."""
-    q = queue(4096)
+@pytest.fixture(params=["poll", "nap"])
+async def lulled(request, queue, child):
+    """A queue whose lulls end by poll, or after many frames by the lookout: (queue, the system call it sleeps in)."""
+    q = queue(4096, producers=2)  # so that the end of the child's is not the end
+    if request.param == "nap":
+        await many_trips(q, child)
+    return q, request.param
+
+
+async def many_trips(q, child) -> None:
+    """Until its lulls are naps."""
+    there, parent = MemQ(4096), os.getpid()
+
+    def echoes() -> None:
+        while (before := there.get()) is not None:
+            until(lambda: q.stats().empty_waits > before and asleep(parent))
+            q.put(before)
+
+    process = child(echoes)
+    for number in range(TRIPS * 100):
+        before = q.stats().empty_waits
+        there.put(before)
+        assert await q.aget(DEADLINE) == before
+        if number > TRIPS and lull(None)[1].frames == OFTEN:
+            break
+    there.put(None)
+    process.join(DEADLINE)
+    there.close()
+    there.unlink()
+    q.bell(0).drain()  # of who found us awake again already
+    await asyncio.sleep(0)
+
+
+def during(q, how: str, act) -> Thread:
+    """Do it in another thread as soon as this one sleeps on the queue."""
+    me, before = threading.get_native_id(), q.stats().empty_waits
+    return Thread(lambda: (until(lambda: q.stats().empty_waits > before and sleeps_in(me, how), how), act()))
+
+
+async def test_timers_other_threads_and_other_descriptors_end_a_lull(lulled):
+    """Nothing else would: the frame never comes."""
+    q, how = lulled
     loop = asyncio.get_running_loop()
-    began = time.monotonic()
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.02):
-            await q.aget()
-    assert time.monotonic() - began < LULL
-
     here, there = os.pipe()
     called = asyncio.Event()
 
@@ -175,31 +332,73 @@ async def test_timers_other_threads_and_other_descriptors_end_a_lull(queue):
         called.set()
 
     loop.add_reader(here, readable)
-    for act in (lambda: os.write(there, b"x"), lambda: loop.call_soon_threadsafe(called.set)):
+    for act in (lambda: os.write(there, b"x"), lambda: loop.call_soon_threadsafe(called.set)) * 2:
         called.clear()
-        began = time.monotonic()
-        before = q.stats().empty_waits
-        thread = threading.Thread(target=lambda: (until(lambda: q.stats().empty_waits > before), act()))  # noqa: B023
+        thread = during(q, how, act)
         waiting = asyncio.create_task(q.aget())
-        thread.start()
-        await called.wait()
-        assert time.monotonic() - began < LULL
+        async with asyncio.timeout(DEADLINE):
+            await called.wait()
         waiting.cancel()
         await asyncio.wait([waiting])
-        thread.join()
+        thread.result()
+        how = "poll"  # where a lull was ended by something else, the next ones are in poll
     loop.remove_reader(here)
     os.close(here)
     os.close(there)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.02):
+            await q.aget()
     assert q.empty()
+
+
+async def test_a_signal_that_raises_ends_a_lull(lulled):
+    q, how = lulled
+
+    def interrupts(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    usual = signal.signal(signal.SIGUSR1, interrupts)
+    try:
+        thread = during(q, how, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        with pytest.raises(KeyboardInterrupt):
+            Ring.get_or(q, None, DEADLINE, lull(None)[1])
+        thread.result()
+    finally:
+        signal.signal(signal.SIGUSR1, usual)
+    q.put(1)
+    assert await q.aget() == 1
+
+
+async def test_a_signal_of_the_loop_ends_a_lull(lulled):
+    """Its handler restarts system calls: only the loop's descriptor tells."""
+    q, how = lulled
+    loop, told = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_signal_handler(signal.SIGUSR1, told.set)
+    thread = during(q, how, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    waiting = asyncio.create_task(q.aget())
+    async with asyncio.timeout(DEADLINE):
+        await told.wait()
+    thread.result()
+    waiting.cancel()
+    loop.remove_signal_handler(signal.SIGUSR1)
+
+
+async def test_closing_ends_a_lull(lulled):
+    q, how = lulled
+    thread = during(q, how, q.close)
+    with pytest.raises(QueueClosed):
+        await q.aget(DEADLINE)
+    thread.result()
 
 
 def test_the_ring_itself_gives_up_when_the_descriptor_is_readable(queue):
     q = queue(4096)
     here, there = os.pipe()
     os.write(there, b"x")
-    assert Ring.get_or(q, "nothing", DEADLINE, here) == "nothing"
-    assert Ring.receive(q, DEADLINE, here) == (False, None)
+    quiet = Lull(here)
+    assert Ring.get_or(q, "nothing", DEADLINE, quiet) == "nothing"
+    assert Ring.receive(q, DEADLINE, quiet) == (False, None)
     q.put(1)
-    assert Ring.get_or(q, "nothing", DEADLINE, here) == 1
+    assert Ring.get_or(q, "nothing", DEADLINE, quiet) == 1
     os.close(here)
     os.close(there)

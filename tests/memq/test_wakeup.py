@@ -77,6 +77,29 @@ def test_a_watch_becomes_readable_when_a_peer_ends_and_lets_go_of_who_left(child
     assert descriptors() <= before + 2 * 3  # what the three process objects hold
 
 
+def test_a_watch_lets_go_of_who_left_although_a_forked_child_has_a_copy(child):
+    """A stopped child, or one that C code forked: a closed descriptor stays in the set as long as there is a copy of it,
+    and a dead peer would keep who watches busy."""
+    watch = PeerWatch()
+    process = child(signal.pause)
+    watch.refresh([(process.pid, segment.start_time(process.pid))], 1)
+    copies = [os.dup(fd) for fd in watch._pidfds.values()]
+    kill(process)
+    assert readable(watch.fd)
+    assert watch.refresh([], 2) is False
+    assert not readable(watch.fd)
+    watch.close()
+    for fd in copies:
+        os.close(fd)
+
+
+def test_a_child_may_be_forked_while_another_thread_refreshes_a_watch(child):
+    watch = PeerWatch()
+    with watch._mutex:
+        end(child(int))
+    watch.close()
+
+
 def test_a_dead_peer_that_nobody_reaped_is_seen(queue):
     q = queue()
     q.put("held")

@@ -121,6 +121,18 @@ def test_threads(build, flavour, scale, mappings):
         run(build("ring_test.c", flavour), "threads", scale * (3 if LONG else 1), mappings, seed)
 
 
+@pytest.mark.parametrize("flavour", ["production", "address"])
+def test_lookout(build, flavour):
+    program = build("lookout_test.c", flavour)
+    run(program, "cases")
+    run(program, "forks", 3000 if LONG else 150)
+
+
+@pytest.mark.parametrize("flavour", ["production", "thread", "address"])
+def test_threads_with_a_lookout(build, flavour):
+    run(build("lookout_test.c", flavour), "threads", 60 if LONG else 2)
+
+
 def test_no_wake_up_is_lost_between_a_commit_and_a_sleeper(build):
     run(build("ring_test.c", "production"), "fence", 20 if LONG else 2)
 

@@ -14,7 +14,9 @@ cdef class Handle:
     cdef up_frame last            # header of the frame that was read last
     cdef Doorbell bell_frames, bell_room  # of the consumer's and of the producer's end, made at the first sleep
     cdef object wakeup            # module upipe.memq.wakeup
-    cdef object watch             # PeerWatch of a stand-alone queue, made at the first long sleep
+    cdef Watch watch              # PeerWatch of a stand-alone queue, made at the first long sleep or when sleeps are many
+    cdef uint64_t post            # of the lookout, for that watch; 0 = none
+    cdef int often                # naps of a stand-alone queue so far, up to OFTEN
     cdef double looked            # when a try that cannot wait looked for dead peers last
     cdef object trouble           # an exception that get_many met after good values: raised by the next get
     cdef int spin[2]              # pause instructions before the next sleep, per end
@@ -81,6 +83,7 @@ cdef class Handle:
             self.users = 0
             self.bell_frames = self.bell_room = None
             self.watch = None
+            self.post = 0
             self.trouble = None
         if self.r.slot == UP_NONE:
             self._join()
@@ -188,6 +191,7 @@ cdef class Handle:
             self._unstuck(rc)
             self.r.slot = self.r.producer = UP_NONE
         self.held = 0
+        up_post_end(self.post)
         for bell in (self.bell_frames, self.bell_room, self.watch):
             if bell is not None:
                 bell.close()
@@ -206,6 +210,8 @@ cdef class Handle:
 
     def __dealloc__(self):
         if self.mapped:
+            up_post_end(self.post)  # of a handle that could not leave
+            up_lookout_settle()
             up_unmap(&self.r)
 
     cdef int _lock(self, uint64_t *area) except -1:

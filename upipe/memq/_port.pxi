@@ -1,6 +1,5 @@
 # Ports: what a processor calls for each frame, when one queue and nothing special stands behind it.
 
-cdef object _EMPTY = object()
 cdef object _ENDED = object()
 
 

@@ -188,4 +188,13 @@ cdef extern from "_ring.h" nogil:
     uint64_t UP_LD(uint64_t *p)
     uint64_t UP_LDA(uint64_t *p)
     uint32_t UP_LDA32 "UP_LDA"(uint32_t *p)
+    uint32_t UP_LD32 "UP_LD"(uint32_t *p)
     void UP_PAUSE()
+
+cdef extern from "_lookout.h" nogil:
+    uint64_t up_post_new(int fd, uint32_t *first, uint32_t *second)
+    int up_post_quiet(uint64_t id)
+    int up_post_again(uint64_t id)
+    void up_post_nap(uint64_t id, uint32_t *word)
+    void up_post_end(uint64_t id)
+    void up_lookout_settle()

@@ -2,9 +2,9 @@
 # cython: embedsignature=True
 """Ring: one handle of one queue. The thin wrapper of _ring.h: arguments in, encode, lock, move, wake, decode.
 
-Waiting, in every blocking call: try; spin briefly; arm (set the waiting bit); try again; sleep in poll(2) on the own
-doorbell and, in a stand-alone queue, on pidfds of the other participants. The second try under the lock makes the sleep
-safe.
+Waiting, in every blocking call: try; spin briefly; arm (set the waiting bit); look again; nap on a futex, or sleep in
+poll(2) on the own doorbell and, in a stand-alone queue, on pidfds of the other participants. The look after the bit was
+set makes the sleep safe.
 """
 
 import errno as _errno
@@ -69,6 +69,7 @@ cdef extern from "<stdlib.h>" nogil:
 
 cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object value, int *overflow) except? -1
+    unsigned long PyThread_get_thread_ident()
     const char *PyUnicode_AsUTF8AndSize(object value, Py_ssize_t *size) except NULL
 
 cdef extern from "numpy/arrayobject.h":
@@ -87,6 +88,7 @@ cdef enum:
     BATCH = 256             # frames moved per lock by put_many and get_many
     SPIN_MAX = 2000         # pause instructions before arming; halves when spinning did not help
     SPIN_SHORT = 64         # so many are not worth giving the GIL away
+    OFTEN = 16              # sleeps after which it pays to let the lookout watch, which makes each of them cheaper
 
 cdef double LOCK_PATIENCE = 10.0
 cdef double ALONE = 0.05    # seconds asleep before a stand-alone queue also watches its peers
@@ -96,8 +98,9 @@ cdef int _generation = 0    # raised in every forked child: handles join again t
 
 
 def _after_fork_in_child():
-    global _generation
+    global _generation, _lull_loop, _lull_last
     _generation += 1
+    _lull_loop = _lull_last = None
     up_bell_child()
     up_bell_forget()
 
@@ -144,7 +147,7 @@ cdef struct Waiting:
     bint armed, fresh           # counted as a sleeper; armed since the last try
     bint naps                   # the next sleep is a nap
     bint exact                  # asks for no more room than it needs
-    int unless                  # gives up when this descriptor becomes readable, -1 = none
+    void *lull                  # Lull that ends it as well (the caller keeps it), NULL = none
 
 
 cdef inline void _waiting(Waiting *w, int producer, uint64_t need, double timeout) noexcept:
@@ -152,10 +155,11 @@ cdef inline void _waiting(Waiting *w, int producer, uint64_t need, double timeou
     w.need = need
     w.timeout = timeout
     w.deadline = 0
-    w.unless = -1
+    w.lull = NULL
     w.armed = w.fresh = w.exact = w.naps = False
 
 
+cdef object _EMPTY = object()
 cdef object _handles = _weakref.WeakSet()
 cdef int _exit_pid = 0      # process whose exit closes its handles
 
@@ -166,6 +170,7 @@ def close_handles():
         (<Ring>ring)._at_exit()
 
 
+include "_lulling.pxi"
 include "_joining.pxi"
 include "_sleeping.pxi"
 include "_pacing.pxi"
@@ -176,5 +181,6 @@ include "_watching.pxi"
 include "_views.pxi"
 include "_fan.pxi"
 include "_ready.pxi"
+include "_awaiting.pxi"
 include "_port.pxi"
 include "_tally.pxi"

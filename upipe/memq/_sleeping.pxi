@@ -145,6 +145,11 @@ cdef class Sleeper(Handle):
             return up_ended(&self.r) != 0
         return up_kind(UP_LDA(up_state_at(&self.r, at))) != UP_CLAIMED  # its commit wakes somebody
 
+    cdef inline bint _nothing_yet(self) noexcept:
+        """Surely nothing to take, and no end; without the lock. The producers' word is looked at only when all that was
+        known of has been taken, so that a stream does not pay for it."""
+        return UP_LD(&self.r.c.next) == UP_LD(&self.r.c.cached_head) and not self._something()
+
     def bell(self, int producer):
         """The doorbell of this handle for frames (0) or room (1): a file descriptor to watch is its .fd."""
         self._begin()
@@ -158,7 +163,7 @@ cdef class Sleeper(Handle):
         cdef int rc
         cdef Doorbell bell
         if w.timeout <= 0 or self.interrupted:
-            return w.deadline == 0 and not self.supervised and self._peers_ended()
+            return w.timeout >= 0 and w.deadline == 0 and not self.supervised and self._peers_ended()
         if w.deadline == 0:
             w.deadline = INFINITY if w.timeout == INFINITY else _now() + w.timeout
             if self._spin(w.producer):
@@ -167,21 +172,21 @@ cdef class Sleeper(Handle):
             bell = self._bell(w.producer)
             if not w.armed:
                 w.armed = True
-                w.naps = w.unless < 0
+                w.naps = w.lull == NULL or (<Lull>w.lull).naps()
                 bell.sleepers += 1
             if w.naps and bell.nap != NULL:  # before the bit: who clears that sees this
                 up_nap_set(bell.nap, 1)
             self._arm(w.producer, bell, w.need, not w.exact)
             w.fresh = True
-            return True
+            if w.producer or self._something():
+                return True  # else another try could only find the same
         w.fresh = False
         try:
             bell = self._bell(w.producer)
             if w.naps and bell.nap != NULL:
-                w.naps = self.supervised
-                rc = self._nap(bell.nap, w.deadline, w.need != 0 and not w.exact)
+                rc = self._nap(w, bell.nap)
             else:
-                rc = self._sleep(w.producer, w.deadline, w.need != 0 and not w.exact, w.unless)
+                rc = self._sleep(w)
         except BaseException:
             self._left(w, 0)
             raise
@@ -200,38 +205,91 @@ cdef class Sleeper(Handle):
         if w.armed:
             w.armed = False
             bell.sleepers -= 1
-            if bell.sleepers == 0 and bell.nap != NULL:
+            if bell.sleepers == 0 and bell.nap != NULL and UP_LD32(bell.nap):
                 up_nap_set(bell.nap, 0)
             self._left_bell(w.producer)
         return rc
 
-    cdef int _nap(self, uint32_t *nap, double deadline, bint lazy) except -1:
-        """Sleep until woken, the deadline, or in a stand-alone queue until peers must be watched. As _sleep()."""
-        cdef int rc
-        cdef double most = LAZY if lazy else INFINITY if self.supervised else ALONE
-        if deadline != INFINITY:
-            most = min(most, deadline - _now())
+    cdef int _nap(self, Waiting *w, uint32_t *nap) except -1:
+        """Sleep until woken, or the deadline; with a lull until that ends; in a stand-alone queue until peers end, or, as
+        long as the lookout does not watch them, until they must be watched. As _sleep()."""
+        cdef int rc = 1
+        cdef bint lazy = w.need != 0 and not w.exact
+        cdef double most = LAZY if lazy else INFINITY
+        cdef Lull lull = <Lull>w.lull if w.lull != NULL else None
+        if not self.supervised:
+            rc = self._lookout()
+            if rc == 2:
+                return 1
+            if rc == 0:
+                w.naps = False  # its doorbell comes next, with its peers
+                most = min(most, ALONE)
+        if w.deadline != INFINITY:
+            most = min(most, w.deadline - _now())
         if most <= 0 or self.interrupted or self.closed:
-            return 1 if most > 0 or _now() < deadline else 0
+            return 1 if most > 0 or _now() < w.deadline else 0
+        if lull is not None:
+            return self._nap_in(lull, nap, most)
         with nogil:
             rc = up_nap_sleep(nap, -1 if most > 1e6 else <int64_t>(most * 1e9))
         if rc == EINTR:
             PyErr_CheckSignals()
         if rc != ETIMEDOUT:
             return 1
-        return 0 if deadline != INFINITY and _now() >= deadline else 2 if lazy else 1
+        return 0 if w.deadline != INFINITY and _now() >= w.deadline else 2 if lazy else 1
 
-    cdef int _sleep(self, int producer, double deadline, bint lazy, int unless) except -1:
-        """Sleep until the bell, a peer's death or the deadline. 0 when the deadline passed or `unless` is readable,
-        2 when LAZY passed, else 1."""
+    cdef int _nap_in(self, Lull lull, uint32_t *nap, double most) except -1:
+        """_nap() in the stead of an event loop: 1 when woken for a frame, 0 when the loop has something to do."""
+        cdef int rc = 0
+        up_post_nap(lull.post, nap)
+        if up_post_quiet(lull.post):
+            with nogil:
+                rc = up_nap_sleep(nap, -1 if most > 1e6 else <int64_t>(most * 1e9))
+        up_post_nap(lull.post, NULL)
+        if not up_post_quiet(lull.post):
+            lull.ended(False)
+            return 0
+        if rc == EINTR:
+            PyErr_CheckSignals()  # a handler may have given the loop something to do
+        return rc == 0
+
+    cdef int _lookout(self) except -1:
+        """Before a nap in a stand-alone queue. 1: the lookout ends it when a peer ends. 0: nobody watches them, or not
+        yet, while sleeps are few. 2: some had ended; they are recovered, so try again."""
+        if self.often < OFTEN:
+            self.often += 1
+            return 0
+        if self.watch is not None and self.watch.joined == self.r.c.joined and up_post_quiet(self.post):
+            return 1
+        try:
+            if self._watch():
+                return 2
+        except QueueError as error:
+            if isinstance(error, QueueStuck):
+                raise
+            self.often = 0  # no descriptor left: then later
+            return 0
+        if not up_post_again(self.post):
+            up_post_end(self.post)
+            self.post = up_post_new(self.watch.fd, &self.r.slots[self.r.slot].nap_consumer,
+                                    &self.r.slots[self.r.slot].nap_producer)
+            if self.post == 0:
+                self.often = 0
+        return self.post != 0
+
+    cdef int _sleep(self, Waiting *w) except -1:
+        """Sleep until the bell, a peer's death, the deadline or the end of the lull. 0 for these two, 2 when LAZY
+        passed, else 1."""
         cdef pollfd fds[3]
         cdef int n = 1, rc = 0, timeout
-        cdef double left, start = _now(), most
-        cdef Doorbell bell = self._bell(producer)
+        cdef bint lazy = w.need != 0 and not w.exact
+        cdef double deadline = w.deadline, left, start = _now(), most
+        cdef Doorbell bell = self._bell(w.producer)
+        cdef Lull lull = <Lull>w.lull if w.lull != NULL else None
         fds[0].fd = bell.fd
         fds[0].events = POLLIN
         fds[1].events = POLLIN
-        fds[2].fd = unless
+        fds[2].fd = -1 if lull is None else lull.fd
         fds[2].events = POLLIN
         while True:
             left = most = deadline - _now()
@@ -255,17 +313,21 @@ cdef class Sleeper(Handle):
                         continue
             timeout = -1 if most > 1e6 else <int>(most * 1000) + 1
             with nogil:
-                rc = c_poll(fds, n if unless < 0 else 3, timeout)
+                rc = c_poll(fds, n if lull is None else 3, timeout)
             if rc < 0 and errno != EINTR:
                 raise OSError(errno, "poll failed while waiting for a queue")
             if rc < 0:
                 PyErr_CheckSignals()
+                if lull is not None:
+                    return 0  # a handler may have given the loop something to do
                 continue
             if rc > 0:
                 if self.closed:
                     return 1  # the bell stays rung: all that sleep on it shall see this
                 if fds[0].revents:
                     up_bell_drain(fds[0].fd)
+                if lull is not None:
+                    lull.ended(fds[0].revents != 0)
                 if n == 2 and fds[1].revents:
                     self._watch()
                 return 1 if fds[0].revents or fds[1].fd >= 0 and fds[1].revents else 0

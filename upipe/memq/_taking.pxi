@@ -57,8 +57,8 @@ cdef class Taker(Putter):
             return UP_NOTYOURS
         return up_finish(&self.r, pos, kind)
 
-    cdef int _wait_frame(self, uint64_t *pos, up_frame *out, bint holding, double timeout, int unless) except -100:
-        """Take, or with out != NULL consume, waiting up to timeout, while `unless` (-1: none) is not readable.
+    cdef int _wait_frame(self, uint64_t *pos, up_frame *out, bint holding, double timeout, Lull lull) except -100:
+        """Take, or with out != NULL consume, waiting up to timeout, and no longer than `lull` (None: no matter) lasts.
         UP_OK: consumed into *out. UP_TOOBIG: taken at *pos. UP_CORRUPT: buried, see *out. UP_EMPTY, UP_END."""
         cdef Waiting w
         cdef int rc
@@ -66,10 +66,13 @@ cdef class Taker(Putter):
             error, self.trouble = self.trouble, None
             raise error
         _waiting(&w, 0, 0, timeout)
-        w.unless = unless
+        w.lull = <void *>lull if lull is not None else NULL
         try:
             while True:
-                rc = self._try_consume(out) if out != NULL else UP_TOOBIG
+                if out != NULL and self._nothing_yet():
+                    rc = UP_EMPTY
+                else:
+                    rc = self._try_consume(out) if out != NULL else UP_TOOBIG
                 if rc == UP_TOOBIG:
                     rc = self._try_take(pos, holding)
                     if rc == UP_OK:
@@ -126,7 +129,7 @@ cdef class Taker(Putter):
     cdef object _get(self, double timeout, up_frame *f):
         """get(); the frame's header into *f."""
         cdef uint64_t pos = 0
-        cdef int rc = self._wait_frame(&pos, f, False, timeout, -1)
+        cdef int rc = self._wait_frame(&pos, f, False, timeout, None)
         return self._got(rc, pos, f)
 
     cdef object _got(self, int rc, uint64_t pos, up_frame *f):
@@ -215,16 +218,34 @@ cdef class Taker(Putter):
             self._done()
 
     @cython.binding(False)
-    def get_or(self, default, double timeout=0.0, int unless=-1):
-        """get(), but `default` when nothing came in time, or as soon as the descriptor `unless` is readable (that of an
-        event loop with nothing to do, in whose stead we sleep)."""
+    def get_or(self, default, double timeout=0.0, Lull lull=None):
+        """get(), but `default` when nothing came in time, or as soon as the `lull` ends (of an event loop with nothing to
+        do, in whose stead we sleep)."""
         cdef up_frame f
         cdef uint64_t pos = 0
         cdef int rc
         self._begin()
         try:
-            rc = self._wait_frame(&pos, &f, False, timeout, unless)
+            rc = self._wait_frame(&pos, &f, False, timeout, lull)
             return default if rc == UP_EMPTY else self._got(rc, pos, &f)
+        finally:
+            self._done()
+
+    cdef object _get_soon(self, timeout):
+        """get() for asyncio: the value that is there or comes in a lull of the running loop, else _EMPTY."""
+        cdef up_frame f
+        cdef uint64_t pos = 0
+        cdef double seconds = 0.0
+        cdef Lull lull
+        cdef int rc
+        self._begin()
+        try:
+            rc = self._wait_frame(&pos, &f, False, -1.0, None)
+            if rc == UP_EMPTY:
+                lull = _lull(timeout, &seconds)
+                if lull is not None:
+                    rc = self._wait_frame(&pos, &f, False, seconds, lull)
+            return _EMPTY if rc == UP_EMPTY else self._got(rc, pos, &f)
         finally:
             self._done()
 
@@ -249,7 +270,7 @@ cdef class Taker(Putter):
         cdef int rc
         self._begin()
         try:
-            rc = self._wait_frame(&pos, NULL, True, wait, -1)
+            rc = self._wait_frame(&pos, NULL, True, wait, None)
             if rc != UP_TOOBIG:
                 self._nothing(rc, &none)
             return self._read(pos)
@@ -257,14 +278,14 @@ cdef class Taker(Putter):
             self._done()
 
     @cython.binding(False)
-    def receive(self, double timeout=0.0, int unless=-1):
+    def receive(self, double timeout=0.0, Lull lull=None):
         """The runtime's take: (True, value), (False, None) when empty, or None at the end of the stream. Waits up to
-        `timeout` seconds, but only as long as the descriptor `unless` is not readable."""
+        `timeout` seconds, and no longer than `lull` lasts."""
         cdef uint64_t pos = 0
         cdef int rc
         self._begin()
         try:
-            rc = self._wait_frame(&pos, NULL, True, timeout, unless)
+            rc = self._wait_frame(&pos, NULL, True, timeout, lull)
             if rc == UP_TOOBIG:
                 return (True, self._read(pos))
             return None if rc == UP_END else _NOTHING

@@ -129,7 +129,7 @@ cdef class Loan:
             raise ValueError("a loan is entered once; call borrow() again")
         ring._begin()
         try:
-            rc = ring._wait_frame(&self.pos, NULL, False, self.timeout, -1)
+            rc = ring._wait_frame(&self.pos, NULL, False, self.timeout, None)
             if rc != UP_TOOBIG:
                 ring._nothing(rc, &none)
             value = self._value()

@@ -27,9 +27,9 @@ static inline int up_spin(up_ring *r, int producer, uint64_t *word, uint64_t bef
     return 0;
 }
 
-/* A thread's first sleep is a nap on a futex in its slot: half the system calls of a doorbell. The word is 1 from before the
- * bit is set until somebody wakes it (or the last thread leaves); a nap is short, or watched by a supervisor, since a futex
- * cannot be waited for together with pidfds. */
+/* A thread sleeps in a nap on a futex in its slot: half the system calls of a doorbell. The word is 1 from before the
+ * bit is set until somebody wakes it (or the last thread leaves); a nap is short, or watched by a supervisor or by the lookout
+ * (_lookout.h), since a futex cannot be waited for together with pidfds. */
 static inline uint32_t *up_nap(up_slot *s, int producer) { return producer ? &s->nap_producer : &s->nap_consumer; }
 
 static inline void up_nap_set(uint32_t *nap, uint32_t value) { __atomic_store_n(nap, value, __ATOMIC_SEQ_CST); }
@@ -130,8 +130,9 @@ static inline void up_arm(up_ring *r, uint64_t *bits) { /* SYNC waiting: after t
 static inline int up_disarm(up_ring *r, uint64_t *bits) {
     up_control *c = r->c;
     if (!up_joined(r)) return 1;
-    uint64_t bit = 1ull << (r->slot & 63);
-    if (__atomic_fetch_and(&bits[r->slot / 64], ~bit, __ATOMIC_SEQ_CST) & bit) return 1;
+    uint64_t bit = 1ull << (r->slot & 63), *word = &bits[r->slot / 64];
+    /* A bit that is clear was cleared by who woke us, and the acquire shows us what that was for. */
+    if (UP_LDA(word) & bit && __atomic_fetch_and(word, ~bit, __ATOMIC_SEQ_CST) & bit) return 1;
     if (bits == c->consumers_waiting && (UP_LD(&c->redeliver) || UP_LD(&c->next) != up_position(UP_LDA(&c->head))))
         up_wake_consumers(r, 1);
     return 0;

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 from upipe.errors import EndOfStream, QueueNotFound
 from upipe.memq import _ring, segment
 from upipe.memq.stats import QueueStats
-from upipe.memq.wakeup import AsyncWait, lull
+from upipe.memq.wakeup import AsyncWait
 from upipe.settings import DEFAULT_QUEUE_BYTES
 
 Policy = Literal["block", "drop_oldest", "latest"]
@@ -21,7 +21,7 @@ _NO_PICKLE, _NO_CRC, _SUPERVISED = 1, 2, 4
 _NOTHING = object()
 
 
-class MemQ(_ring.Ring):
+class MemQ(_ring.Awaiting):
     """A ring of data frames in shared memory; a faster multiprocessing.Queue.
 
         q = MemQ(4 * 2**20)           # bytes of ring
@@ -132,14 +132,9 @@ class MemQ(_ring.Ring):
 
     # ------------------------------------------------------------ asyncio
 
-    async def aput(self, value: object, timeout: float | None = None, *, dtype: int = -1, key: int = 0) -> None:
-        """put() for asyncio: no event-loop turn when there is room.
+    # aput and aget come here for what cannot be had at once, nor in a lull of the loop.
 
-        Raises:
-            queue.Full: after `timeout` seconds (None waits for ever).
-        """
-        if self.send(value, dtype, 0.0, self.execution_id, key):
-            return
+    async def _aput(self, value: object, timeout: float | None, dtype: int, key: int) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
         waiting = AsyncWait((self,), 1)
         try:
@@ -150,20 +145,7 @@ class MemQ(_ring.Ring):
             waiting.leave()
         raise Full
 
-    async def aget(self, timeout: float | None = None) -> Any:
-        """get() for asyncio: no event-loop turn when a frame is there. Cancelled, it has taken nothing.
-
-        Raises:
-            queue.Empty: after `timeout` seconds (None waits for ever). EndOfStream, FrameCorrupt.
-        """
-        value = self.get_or(_NOTHING)
-        if value is not _NOTHING:
-            return value
-        quiet = lull(timeout)
-        if quiet is not None:
-            value = self.get_or(_NOTHING, *quiet)
-            if value is not _NOTHING:
-                return value
+    async def _aget(self, timeout: float | None) -> Any:
         deadline = None if timeout is None else time.monotonic() + timeout
         waiting = AsyncWait((self,), 0)
         try:

@@ -20,7 +20,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from upipe.memq import segment
-from upipe.memq._ring import Doorbell
+from upipe.memq._ring import Doorbell, Lull, Watch, lull
 
 if TYPE_CHECKING:
     from upipe.memq._ring import Ring
@@ -194,7 +194,7 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-class PeerWatch:
+class PeerWatch(Watch):
     """pidfds of the other participants of a queue, in one epoll descriptor: readable when one of them ends.
 
     Owner: the handle it was made for, which closes it with all its pidfds; they do not survive an exec.
@@ -203,8 +203,6 @@ class PeerWatch:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self.fd = self._epoll.fileno()
-        self.joined = -1
-        """The queue's count of registrations when the list was made; another count: look again."""
         self._pidfds: dict[tuple[int, int], int] = {}
         self._mutex = threading.Lock()
         self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
@@ -215,7 +213,9 @@ class PeerWatch:
         with self._mutex:
             wanted = set(peers)
             for key in [key for key in self._pidfds if key not in wanted]:
-                os.close(self._pidfds.pop(key))  # which also takes it out of the epoll set
+                gone = self._pidfds.pop(key)
+                self._epoll.unregister(gone)  # a close takes it out only when no child that was just forked has a copy
+                os.close(gone)
             for pid, start in wanted - self._pidfds.keys():
                 try:
                     fd = os.pidfd_open(pid)
@@ -227,8 +227,12 @@ class PeerWatch:
                 if segment.start_time(pid) != start:  # the pid went to somebody else: that peer is dead
                     os.close(fd)
                     return True
+                try:
+                    self._epoll.register(fd, select.EPOLLIN)
+                except OSError:
+                    os.close(fd)
+                    raise
                 self._pidfds[(pid, start)] = fd
-                self._epoll.register(fd, select.EPOLLIN)
             self.joined = joined
             return bool(self._epoll.poll(0, 1))
 
@@ -265,7 +269,10 @@ class PeerWatch:
                 os.close(fd)
             self._pidfds.clear()
 
-    forked = _close
+    def forked(self) -> None:
+        """In a forked child: close the copies. Another thread of the parent may have been in refresh()."""
+        self._mutex = threading.Lock()
+        self._close()
 
     def __del__(self) -> None:
         if hasattr(self, "_mutex") and not self._epoll.closed:  # else a signal handler raised in __init__
@@ -292,26 +299,20 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-LULL = 1.0
-"""Most seconds that a task sleeps for its loop at once."""
+_lulls: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Lull] = weakref.WeakKeyDictionary()
 
 
-def lull(timeout: float | None) -> tuple[float, int] | None:
-    """When the running loop has nothing else to do: (seconds until it has, or `timeout`; its descriptor).
+def _lull_of() -> tuple[asyncio.AbstractEventLoop, Lull]:
+    """The running loop, and the Lull that goes with it.
 
-    The task may then sleep in its stead, as long as that descriptor is quiet, and a frame need not travel through
-    selector, handle, future and task, which is most of the way. None with another kind of loop, and in debug mode,
-    which would call that slow.
+    Raises:
+        AttributeError: it is no loop of asyncio's, or its selector has no descriptor of its own.
     """
     loop: Any = asyncio.get_running_loop()
-    try:
-        if loop._ready or loop._stopping or loop._debug:
-            return None
-        fd, timers = loop._selector.fileno(), loop._scheduled
-        seconds = min(LULL if timeout is None else timeout, timers[0]._when - loop.time() if timers else LULL)
-    except AttributeError:  # uvloop, and whatever comes
-        return None
-    return (seconds, fd) if fd >= 0 and seconds > 0 else None
+    found = _lulls.get(loop)
+    if found is None:
+        found = _lulls[loop] = Lull(loop._selector.fileno())
+    return loop, found
 
 
 class AsyncWait:
@@ -406,3 +407,6 @@ class AsyncWait:
                 self._armed[i] = False
                 bell.quit(self)
             ring.left(self.producer)
+
+
+__all__ = ["AsyncWait", "Bell", "PeerWatch", "lull"]
