@@ -189,7 +189,8 @@ class Hosts:
             for path in self.data(host).glob("records/*"):
                 one = msgspec.msgpack.decode(path.read_bytes(), type=Save).record
                 told.append(f"record {one.fence} of {one.coordinator}, {one.state} {one.reasons}: "
-                            f"{one.layout.placement.seats} wanted {one.wanted.seats} ended {one.ended} evicted {one.evicted}")
+                            f"{one.layout.placement.seats} wanted {one.wanted.seats} "
+                            f"ended {one.ended} evicted {one.evicted}")
             for path in self.data(host).glob("pipes/*"):
                 said = asyncio.run(news(path))
                 told.append(f"keeper: {said and (said.fence, said.present, said.left, said.ended, said.workers)}")

@@ -22,8 +22,9 @@ PATIENCE = 2.0
 """Seconds that an answer may take when there is nothing new: as old the books in pipe.stats() may be. Longer asks less
 often; what is new is told at once in any case."""
 MARGIN, SEARCHING = 5.0, 2.0
-"""Seconds beside its patience that an answer may take for each address of a node: of the coordinator, and of one that may
-be it and may be cut off as well. Meanwhile nobody else is asked, and the coordinator counts the seconds (desk.BROKEN)."""
+"""Seconds beside its patience that an answer may take for each address of a node: of the coordinator, and of one that
+may be it and may be cut off as well. Meanwhile nobody else is asked, and the coordinator counts the seconds
+(desk.BROKEN)."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 """Seconds after nobody of a whole round coordinated; doubles."""
 LOST = 60.0
