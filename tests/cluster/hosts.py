@@ -25,9 +25,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from tests.cluster.netns import Lan, lan_of
 from upipe.cluster import routes, token
 from upipe.cluster.client import Client, Target
+from upipe.cluster.dealings import Save
+from upipe.cluster.keepers import Keeper
+from upipe.cluster.keeping import KeeperNews
 from upipe.errors import ClusterError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,6 +180,30 @@ class Hosts:
         except ClusterError as error:
             return str(error)
         return "\n".join(map(str, (self.node_id(host), *pipes, *mirrors)))
+
+    def state(self) -> str:
+        """Where workers should be, by the records and by their keepers, for messages."""
+
+        async def news(directory: Path) -> KeeperNews | None:
+            found: list[KeeperNews] = []
+            keeper = Keeper(directory, found.append, print)
+            if await keeper.find():
+                await asyncio.sleep(0.2)
+            keeper.close()
+            return found[-1] if found else None
+
+        told = []
+        for host in range(self.lan.hosts):
+            told.append(f"--- h{host} is {self.node_id(host)}")
+            for path in self.data(host).glob("records/*"):
+                one = msgspec.msgpack.decode(path.read_bytes(), type=Save).record
+                told.append(f"record {one.fence} of {one.coordinator}, {one.state} {one.reasons}: "
+                            f"{one.layout.placement.seats} wanted {one.wanted.seats} "
+                            f"ended {one.ended} evicted {one.evicted}")
+            for path in self.data(host).glob("pipes/*"):
+                said = asyncio.run(news(path))
+                told.append(f"keeper: {said and (said.fence, said.present, said.left, said.ended, said.workers)}")
+        return "\n".join([*told, self.told()])
 
     def seen(self) -> Counter[int]:
         """The ledger: how often the last stage saw each number."""

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from upipe.cluster import attending as attending_module
+from upipe.cluster import desk
 from upipe.cluster.attending import FORGOTTEN, LONGEST_PAUSE, LOST, Attending, Follow, GiveUp, Tell
 from upipe.cluster.dealings import NodeReport, TellClient
 from upipe.cluster.wire import News, Orders
@@ -117,3 +119,13 @@ def test_every_end_is_one(state: str) -> None:
     one = Attending(CLIENT, ("a",))
     one.answered("a", news(1, None, TellClient(state)))
     assert one.ended
+
+
+def test_who_may_not_coordinate_is_asked_briefly() -> None:
+    """It may be cut off; the coordinator takes a process for dead that spends too long with such nodes."""
+    attending = Attending("c", ["1", "2"])
+    assert attending.poll(None).attendance.patience == attending_module.PATIENCE
+    attending.failed("1", "", "it is gone", 0.0)
+    assert attending.poll(None).node == "2" and attending.poll(None).attendance.patience == 0.0
+    assert attending.margin == attending_module.SEARCHING
+    assert desk.BROKEN > 2 * 3 * attending_module.SEARCHING, "two nodes with three addresses each"

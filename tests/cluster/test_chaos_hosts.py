@@ -8,7 +8,6 @@ The oracle is the ledger outside uPipe. What must hold for every seed:
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from collections import Counter
@@ -20,8 +19,6 @@ import pytest
 from tests.cluster.faults import Faults, drawn
 from tests.cluster.hosts import Hosts, hosts_of, until
 from upipe.cluster.dealings import Save
-from upipe.cluster.keepers import Keeper
-from upipe.cluster.keeping import KeeperNews
 
 pytestmark = pytest.mark.timeout(400)
 LONG = os.environ.get("UPIPE_LONG") == "1"
@@ -47,7 +44,7 @@ def test_a_pipe_survives_whatever_happens_to_its_hosts(seed: int, tmp_path: Path
         hosts.wait_for_members(30)
         wanted = {"numbers#0", "record#0", *(f"work#{index}" for index in range(WORK))}
         once = Counter(dict.fromkeys(wanted, 1))
-        until(lambda: hosts.running() == once, 40, lambda: f"every worker once: {hosts.running()}\n{state(hosts)}\n{hosts.told()}")
+        until(lambda: hosts.running() == once, 40, lambda: f"every worker once: {hosts.running()}\n{hosts.state()}")
         flag.touch()
         told = hosts.result(program, 60)
         assert told["state"] == "completed" and told["balanced"], told
@@ -56,30 +53,6 @@ def test_a_pipe_survives_whatever_happens_to_its_hosts(seed: int, tmp_path: Path
         assert not missing, f"{len(missing)} are missing: {missing[:20]}\n{hosts.told()}"
         tell(f"{len(seen)} numbers, {sum(seen.values()) - len(seen)} again; {told}")
         until(lambda: not left(hosts), 20, lambda: f"nothing is left: {left(hosts)}\n{hosts.told()}")
-
-
-def state(hosts: Hosts) -> str:
-    """Where workers should be, by the records and by their keepers, for messages."""
-
-    async def news(directory: Path) -> KeeperNews | None:
-        found: list[KeeperNews] = []
-        keeper = Keeper(directory, found.append, print)
-        if await keeper.find():
-            await asyncio.sleep(0.2)
-        keeper.close()
-        return found[-1] if found else None
-
-    told = []
-    for host in range(hosts.lan.hosts):
-        told.append(f"--- h{host} is {hosts.node_id(host)}")
-        for path in hosts.data(host).glob("records/*"):
-            one = msgspec.msgpack.decode(path.read_bytes(), type=Save).record
-            told.append(f"record {one.fence} of {one.coordinator}: {one.layout.placement.seats} wanted {one.wanted.seats} "
-                        f"ended {one.ended} evicted {one.evicted}")
-        for path in hosts.data(host).glob("pipes/*"):
-            said = asyncio.run(news(path))
-            told.append(f"keeper: {said and (said.fence, said.present, said.left, said.ended, said.workers)}")
-    return "\n".join(told)
 
 
 def left(hosts: Hosts) -> list[str]:

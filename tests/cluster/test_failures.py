@@ -71,7 +71,7 @@ def every_worker_once(hosts: Hosts, program: subprocess.Popen[str], *where: int)
         assert program.poll() is None, f"it has ended: {program.communicate()}\n{hosts.told()}"
         return hosts.running() == wanted and all(hosts.workers(host, "work") for host in where)
 
-    until(met, 30, lambda: f"{hosts.running()}, work on {[hosts.workers(one, 'work') for one in where]}")
+    until(met, 30, lambda: f"{hosts.running()}\n{hosts.state()}")
 
 
 def test_without_failures_each_number_arrives_exactly_once(hosts: Hosts) -> None:

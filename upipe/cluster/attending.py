@@ -21,6 +21,10 @@ from upipe.cluster.wire import Attendance, News, Orders
 PATIENCE = 2.0
 """Seconds that an answer may take when there is nothing new: as old the books in pipe.stats() may be. Longer asks less
 often; what is new is told at once in any case."""
+MARGIN, SEARCHING = 5.0, 2.0
+"""Seconds beside its patience that an answer may take for each address of a node: of the coordinator, and of one that
+may be it and may be cut off as well. Meanwhile nobody else is asked, and the coordinator counts the seconds
+(desk.BROKEN)."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 """Seconds after nobody of a whole round coordinated; doubles."""
 LOST = 60.0
@@ -84,7 +88,18 @@ class Attending:
 
     def poll(self, report: NodeReport | None, patience: float = PATIENCE) -> Poll:
         """What to ask next. With patience 0 it only delivers the report, beside a poll that waits."""
-        return Poll(self.nodes[0], Attendance(self.client, self.fence, self.heard, report, patience))
+        wait = 0.0 if self.searching else patience
+        return Poll(self.nodes[0], Attendance(self.client, self.fence, self.heard, report, wait))
+
+    @property
+    def searching(self) -> bool:
+        """The node that is asked next may not be the coordinator: it did not answer as one since another one failed."""
+        return self._failures > 0
+
+    @property
+    def margin(self) -> float:
+        """See MARGIN."""
+        return SEARCHING if self.searching else MARGIN
 
     def answered(self, node: str, news: News) -> list[Follow | Tell]:
         """A node answered, so it coordinates. Late answers of others do no harm: orders have a fence, and what has

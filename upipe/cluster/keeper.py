@@ -39,8 +39,8 @@ ORPHANED = 60.0
 LAST_WORDS = 5.0
 """Seconds that the last news may take to be read."""
 FORGET_EVERY, FORGET_TRIES = 0.25, 40
-"""Seconds between two looks whether an agent that is gone is dead, and how many: a process with much memory takes a while
-to end."""
+"""Seconds between two looks whether an agent that is gone is dead, and how many: a process with much memory takes a
+while to end."""
 MOST_LINES = 8
 """Connections at a time: the agent, tools, one that did not hear the end of another."""
 IN_USE = 3

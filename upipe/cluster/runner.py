@@ -44,8 +44,6 @@ from upipe.runtime.gathered import Gathered
 from upipe.runtime.report import Report
 from upipe.runtime.spool import DeadLetter
 
-MARGIN = 5.0
-"""Seconds beside its patience that an answer may take."""
 END_SECONDS = 10.0
 """Seconds that the cluster has to tell that a pipe which was told to stop has ended."""
 AGAIN = 0.5
@@ -175,7 +173,7 @@ class ClusterRunner:
         return self._attending.poll(report, **options)
 
     async def _ask(self, poll: Poll) -> wire.News:
-        share = poll.attendance.patience + MARGIN
+        share = poll.attendance.patience + self._attending.margin
         places = max(1, len(self._addresses.get(poll.node, ())))
         news = await self._peers.call(poll.node, ATTEND, poll.attendance, seconds=share * places, pipe=self.id)
         self._said = _unnumbered(poll)
