@@ -195,7 +195,7 @@ class Hosts:
         told = []
         for host in range(self.lan.hosts):
             told.append(f"--- h{host} is {self.node_id(host)}")
-            for path in self.data(host).glob("records/*"):
+            for path in self.data(host).glob("records/[!.]*"):
                 one = msgspec.msgpack.decode(path.read_bytes(), type=Save).record
                 told.append(f"record {one.fence} of {one.coordinator}, {one.state} {one.reasons}: "
                             f"{one.layout.placement.seats} wanted {one.wanted.seats} "

@@ -64,7 +64,7 @@ def left(hosts: Hosts) -> list[str]:
         found += [str(path) for path in hosts.shm(host).glob("*/*") if path.parent.name.split("-")[0] != str(agent.pid)]
         found += [str(path) for path in hosts.data(host).glob("pipes/*/*.sock")]
         found += [str(path) for path in hosts.data(host).glob("parts/*")]
-        found += [record(path) for path in hosts.data(host).glob("records/*") if not path.name.endswith("@ended")]
+        found += [record(path) for path in hosts.data(host).glob("records/[!.]*") if not path.name.endswith("@ended")]
     return found
 
 
