@@ -2,8 +2,8 @@
 
 Ratios, never times: machines differ and are busy. A ratio may fall to SLACK of what it was before that is an error,
 since short runs on a shared machine spread so far; what it is there to find are the lost factors of two and more.
-Large frames are compared with the same copies in C instead: peers that sleep between the chunks of a frame take 0.5 GB/s on a
-quiet machine, whose CPUs must be woken, and 1 to 3 on a busy one, and a ratio to them follows the machine.
+Large frames are compared with the same copies in C instead: peers that sleep between the chunks of a frame take
+0.5 GB/s on a quiet machine, whose CPUs must be woken, and 1 to 3 on a busy one; a ratio to them follows the machine.
 """
 
 from __future__ import annotations
