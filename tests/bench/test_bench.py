@@ -284,6 +284,19 @@ def test_where_less_is_better_a_ratio_is_turned_round() -> None:
     assert found == {"rtt: upipe.put / other": 5.0}
 
 
+def test_frames_are_compared_with_as_many_copies_in_c(tmp_path: Path) -> None:
+    frames = next(case for case in cases.CASES if case.name == "frames-1m-copy")
+    one = table(frames, (OURS, [ok(20)]), (Peer("other", "x:Y"), [ok(0.5)]))
+    one.limits = {"memcpy-1m-8": 40.0, "copy-1m-8": 25.0, "tcp-1m": 4.0}
+    path = tmp_path / "baseline.json"
+    regress.write([one], path)
+    assert json.loads(path.read_text()) == {"frames-1m-copy: upipe.put / copy-1m-8": 0.8}
+    one.rows[0].outcomes[:] = [ok(9)]
+    assert "0.36, less than" in regress.problems([one], path)[0]
+    one.limits = {}
+    assert "not measured" in regress.problems([one], path)[0]
+
+
 @pytest.mark.slow
 def test_no_ratio_to_the_peers_that_are_always_there_has_fallen_far(tmp_path: Path) -> None:
     """The regression check itself, in quick form: uPipe beside what Python brings along."""

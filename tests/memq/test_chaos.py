@@ -186,8 +186,8 @@ def test_nothing_is_lost_or_corrupt_when_producers_and_consumers_are_killed_at_r
     q.close()
     q.unlink()
     assert not (segment.root() / name).exists()
-    # One that was killed between making its session and locking it leaves a directory without a lock, which may be that
-    # of a process that starts: it is left alone for a minute. Of these processes none starts any more.
+    # One that was killed between making its session and locking it leaves a directory without a lock. That might be
+    # of a process that starts, so it is left alone for a minute; of these processes none starts any more.
     monkeypatch.setattr(segment, "YOUNG", 0.0)
     until(lambda: segment.sweep() is not None and not left_by(pids), "the sweep")
     for pid in pids:

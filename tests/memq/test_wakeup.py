@@ -78,8 +78,8 @@ def test_a_watch_becomes_readable_when_a_peer_ends_and_lets_go_of_who_left(child
 
 
 def test_a_watch_lets_go_of_who_left_although_a_forked_child_has_a_copy(child):
-    """A stopped child, or one that C code forked: a closed descriptor stays in the set while there is a copy of it,
-    and a dead peer would keep who watches busy."""
+    """A stopped child, or one that C code forked: a closed descriptor stays in the set as long as there is a copy of
+    it, and a dead peer would keep who watches busy."""
     watch = PeerWatch()
     process = child(signal.pause)
     watch.refresh([(process.pid, segment.start_time(process.pid))], 1)
