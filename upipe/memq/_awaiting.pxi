@@ -106,7 +106,7 @@ cdef Awaited _awaited(Ring ring, slow, timeout):
 
 
 cdef class Awaiting(Ring):
-    """The awaited forms. A subclass has the coroutine functions _aput(value, timeout, dtype, key) and _aget(timeout)."""
+    """The awaited forms. A subclass has coroutine functions _aput(value, timeout, dtype, key) and _aget(timeout)."""
 
     @cython.binding(False)
     def aput(self, value, timeout=None, *, int dtype=-1, uint32_t key=0):

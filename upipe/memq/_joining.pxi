@@ -14,7 +14,7 @@ cdef class Handle:
     cdef up_frame last            # header of the frame that was read last
     cdef Doorbell bell_frames, bell_room  # of the consumer's and of the producer's end, made at the first sleep
     cdef object wakeup            # module upipe.memq.wakeup
-    cdef Watch watch              # PeerWatch of a stand-alone queue, made at the first long sleep or when sleeps are many
+    cdef Watch watch              # PeerWatch of a stand-alone queue, made at the first long sleep or at many
     cdef uint64_t post            # of the lookout, for that watch; 0 = none
     cdef int often                # naps of a stand-alone queue so far, up to OFTEN
     cdef double looked            # when a try that cannot wait looked for dead peers last

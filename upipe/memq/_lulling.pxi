@@ -11,8 +11,9 @@ cdef class Watch:
 cdef class Lull:
     """A wait that ends as well when the descriptor `fd` becomes readable: that of a loop in whose stead a task sleeps.
 
-    The first few sleep in poll(2) on doorbell and descriptor. When frames end them one after the other, naps on a futex follow,
-    while the lookout watches the descriptor: 2 system calls a frame instead of 5. Whatever else ends one begins again.
+    The first few sleep in poll(2) on doorbell and descriptor. When frames end them one after the other, naps on a
+    futex follow, while the lookout watches the descriptor: 2 system calls a frame instead of 5. Whatever else ends one
+    begins again.
 
     Owner: the loop (wakeup keeps it as long as that); the descriptor is the loop's.
     """
@@ -42,7 +43,7 @@ cdef class Lull:
         return self.post != 0
 
 
-cdef object _lull_loop = None   # the loop that asked last, and its Lull: asking which loop runs is a system call (getpid)
+cdef object _lull_loop = None   # the loop that asked last, and its Lull: asking which loop runs costs a getpid
 cdef Lull _lull_last = None
 cdef object _lull_find = None   # wakeup._lull_of
 

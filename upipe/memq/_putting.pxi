@@ -161,8 +161,8 @@ cdef class Putter(Pacer):
 
     @cython.binding(False)
     def put(self, value, block=True, timeout=None, *, int dtype=-1, uint32_t key=0):
-        """Put one value, waiting for room. A large frame (256 KiB) also waits a moment, less than 0.1 ms and the time in
-        which 5 GB/s take what is in the ring, for consumers that keep up: both ends are faster within the caches.
+        """Put one value, waiting for room. A large frame (256 KiB) also waits a moment, less than 0.1 ms and the
+        time in which 5 GB/s take what is in the ring, for consumers that keep up: both are faster within the caches.
 
         Args:
             value: anything a frame can carry; the DType is chosen from it unless `dtype` forces one.

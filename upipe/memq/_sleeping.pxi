@@ -211,8 +211,8 @@ cdef class Sleeper(Handle):
         return rc
 
     cdef int _nap(self, Waiting *w, uint32_t *nap) except -1:
-        """Sleep until woken, or the deadline; with a lull until that ends; in a stand-alone queue until peers end, or, as
-        long as the lookout does not watch them, until they must be watched. As _sleep()."""
+        """Sleep until woken, or the deadline; with a lull until that ends; in a stand-alone queue until peers end,
+        or, as long as the lookout does not watch them, until they must be watched. As _sleep()."""
         cdef int rc = 1
         cdef bint lazy = w.need != 0 and not w.exact
         cdef double most = LAZY if lazy else INFINITY

@@ -219,8 +219,8 @@ cdef class Taker(Putter):
 
     @cython.binding(False)
     def get_or(self, default, double timeout=0.0, Lull lull=None):
-        """get(), but `default` when nothing came in time, or as soon as the `lull` ends (of an event loop with nothing to
-        do, in whose stead we sleep)."""
+        """get(), but `default` when nothing came in time, or as soon as the `lull` ends (of an event loop with
+        nothing to do, in whose stead we sleep)."""
         cdef up_frame f
         cdef uint64_t pos = 0
         cdef int rc

@@ -206,7 +206,8 @@ cdef class Ring(Mirrored):
         pids = [self.r.slots[i].pid for i in range(UP_SLOTS) if self.r.slots[i].pid]
         return {
             "capacity": c.capacity, "head": head_pos, "tail": tail_pos, "next": UP_LD(&c.next),
-            "depth": up_in_use(&self.r, head_pos, &head, &tail), "claimed": head.frames, "bytes": head.bytes, "refused": head.dropped,
+            "depth": up_in_use(&self.r, head_pos, &head, &tail), "claimed": head.frames, "bytes": head.bytes,
+            "refused": head.dropped,
             "passed": tail.frames, "finished": tail.finished, "dropped": tail.dropped, "dead": tail.dead,
             "aborted": tail.aborted, "redelivered": c.redelivered, "corrupt": c.corrupt, "taken": c.taken,
             "max_depth": c.max_depth, "full_waits": c.full_waits, "empty_waits": c.empty_waits,
