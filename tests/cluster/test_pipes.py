@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from tests.cluster.agent_support import CLIENT, SPEC, FakeEngines, Node, running, start, until
-from upipe.cluster import routes, wire
+from upipe.cluster import desk, routes, wire
 from upipe.cluster.dealings import NodeReport, QueueState
 from upipe.cluster.record import ENDED, Books, Shipment
 from upipe.errors import NodeRefused
@@ -163,7 +163,8 @@ async def test_the_submitting_process_gets_orders_reports_and_hears_the_end(tmp_
             assert news.told.state == "completed"
 
 
-async def test_a_submitting_process_that_dies_ends_its_pipe(tmp_path):
+async def test_a_submitting_process_that_dies_ends_its_pipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(desk, "BROKEN", 3.0)
     async with running(tmp_path, "left", "right") as nodes:
         left = nodes[0]
         await submit(left, CLIENT.id)
@@ -180,7 +181,7 @@ async def test_a_submitting_process_that_dies_ends_its_pipe(tmp_path):
         await client.close()
         began = time.monotonic()
         await until(lambda: info(left).told.state == "stopped", 8)
-        assert time.monotonic() - began > 3.0, "it has five seconds to come back"
+        assert time.monotonic() - began > 2.0, "it has BROKEN seconds to come back"
         assert "is gone" in info(left).told.reasons[0]
 
 
