@@ -126,7 +126,9 @@ class Mirror(RuleBasedStateMachine):
                 case SayRefusal(link, code, text, epoch):
                     self.wire[link][1].append(Refusal(1, code, text, epoch))
                 case Hole(span):
+                    passed = self.far.tail == self.far.head  # nothing before it is read any more: nobody reads it
                     self.far.frames.append((self.far.head, self.far.head + span, True))
+                    self.far.tail = self.far.head if passed else self.far.tail
                 case CloseStream():
                     assert self.far.head == self.closed
                     self.far_closed = True
