@@ -140,13 +140,6 @@ class Hosts:
 
         return asyncio.run(call())
 
-    def upipe(self, host: int, *arguments: str, check: bool = True, seconds: float = 30.0) -> Any:
-        """The command line there."""
-        return self.lan.run(
-            host, sys.executable, "-m", "upipe.cli.main", *arguments, env=self.environment(host), check=check,
-            timeout=seconds, cwd=self.directory,
-        )  # fmt: skip
-
     # ------------------------------------------------------------------ programs
 
     def submit(self, host: int, job: str, *arguments: str) -> subprocess.Popen[str]:

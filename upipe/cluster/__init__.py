@@ -30,6 +30,7 @@ A pipe on a node
     keeper_line.py   their connection                      last_letters.py dead letters of ended pipes
     keeper.py        the process with queues and workers   keeper_runner.py   it follows plans
     keeper_queues.py its queues                            keeper_supervisor.py  decides for its workers (pure)
+    copies.py        what an owner of queues does to one
     keeper_written.py how far sources came                 keeper_output.py   what workers print
 Queues in two copies
     ferry.py         a pipe's mirrors on one node          passages.py     which queue feeds which (pure)

@@ -6,6 +6,7 @@ Those of jobs are in jobs.py.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +16,7 @@ from upipe.cluster.dealings import Ask, Message, Replicate
 from upipe.cluster.jobs import Jobs
 from upipe.cluster.link import Link
 from upipe.cluster.member_events import LeftProperly
-from upipe.cluster.neighbours import Neighbours, clock
+from upipe.cluster.neighbours import Neighbours
 from upipe.cluster.parts import Parts
 from upipe.cluster.pipes import Pipes
 from upipe.cluster.server import Call, Handler, refuse
@@ -76,7 +77,7 @@ class Handlers:
     # ------------------------------------------------------------------ nodes
 
     async def node(self, call: Call) -> wire.NodeStatus:
-        return wire.NodeStatus(self._neighbours.info, clock(), tuple(sorted(self._parts.all)))
+        return wire.NodeStatus(self._neighbours.info, time.time(), tuple(sorted(self._parts.all)))
 
     async def drain_node(self, call: Call) -> wire.Done:
         self._drain(call.body.deadline)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from upipe.cluster import copies
 from upipe.cluster.keeping import SPOOL
-from upipe.cluster.layout import HOLD, NodePlan, QueueHere
+from upipe.cluster.layout import NodePlan, QueueHere
 from upipe.graph.spec import PipeSpec
 from upipe.memq.queue import MemQ
 from upipe.runtime import provision
-from upipe.runtime.holdings import DISCARD
 
 
 class NodeQueues:
@@ -59,24 +59,20 @@ class NodeQueues:
         allowed = provision.pickle_allowed(self.spec, plan)
         policy = plan.policy
         made = MemQ(plan.capacity, policy=policy, name=label, supervised=True, allow_pickle=allowed)  # type: ignore[arg-type]
-        if here.role == "home":
-            made.never_end()
-        else:
-            made.declare_producer(0)  # the mirror
+        copies.begin(made, here.role)
         self.queues[plan.name], self.labels[plan.name] = made, label
 
     def promote(self, name: str) -> None:
-        """The copy is the home from now on. The HOLD comes before the mirror's end, or the stream would be over."""
-        self.queues[name].never_end()
-        self.queues[name].close_producer(0)
+        """The copy is the home from now on."""
+        copies.promote(self.queues[name])
 
     def discard(self, name: str) -> None:
         """Nobody reads it any more: what comes is dropped and counted."""
-        self.queues[name].set_policy(DISCARD)
+        copies.discard(self.queues[name])
 
     def end(self, name: str) -> None:
         """Nothing comes any more once its workers have closed."""
-        self.queues[name].close_producer(HOLD)
+        copies.end(self.queues[name])
 
     def drop(self, name: str) -> None:
         """Remove it, as soon as nobody is about to attach it. Dropped before: nothing to do."""

@@ -9,7 +9,6 @@ life (Persist).
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 
 from msgspec.structs import replace
@@ -319,8 +318,3 @@ def told(event: NodeEvent) -> str:
     if isinstance(event, events.NodeLeft):
         return f"{node} left"
     return f"{node} is draining" if event.info.draining else f"{node} has news of itself"
-
-
-def clock() -> float:
-    """Seconds since 1970, for people and tools."""
-    return time.time()

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import itertools
 
+from upipe.cluster import copies
 from upipe.cluster.layout import HOLD, NodePlan, QueueHere, rewire
 from upipe.graph.plan import PIPE, Plan
 from upipe.graph.spec import PipeSpec
 from upipe.memq.queue import MemQ
-from upipe.runtime.holdings import DISCARD
 from upipe.runtime.provision import pickle_allowed
 from upipe.runtime.waits import CONSUMER, PRODUCER
 
@@ -61,12 +61,11 @@ class OwnQueues:
             if step.what == "make":
                 self._make(here[step.name])
             elif step.what == "promote":
-                self.queues[step.name].never_end()
-                self.queues[step.name].close_producer(0)
+                copies.promote(self.queues[step.name])
             elif step.what == "discard":
-                self.queues[step.name].set_policy(DISCARD)
+                copies.discard(self.queues[step.name])
             elif step.what == "end":
-                self.queues[step.name].close_producer(HOLD)
+                copies.end(self.queues[step.name])
         for step in steps:
             if step.what == "drop" and step.name in self.queues:
                 self.queues.pop(step.name).unlink()  # closed when the last one lets go of it
@@ -83,11 +82,8 @@ class OwnQueues:
             allow_pickle=pickle_allowed(self.spec, plan),
         )  # fmt: skip
         self.queues[name] = made
-        if here.role == "sink":
-            made.declare_producer(0)
-            return
-        made.never_end()
-        if plan.source == PIPE:
+        copies.begin(made, here.role)
+        if here.role == "home" and plan.source == PIPE:
             made.use_producer(0, 1)
 
     def leave(self) -> None:
@@ -110,7 +106,7 @@ class OwnQueues:
             if queue.is_closed:
                 continue  # the program ends
             if one.plan.source == PIPE:
-                queue.set_policy(DISCARD)
+                copies.discard(queue)
             for number in (0, HOLD) if one.role == "home" else (0,):
                 queue.close_producer(number)
             for end in (CONSUMER, PRODUCER):

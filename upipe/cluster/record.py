@@ -13,6 +13,7 @@ When the members change, the record counts once it has a quorum of the old and o
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Self
 
 import msgspec
 
@@ -26,7 +27,15 @@ RUNNING, DRAINING = "running", "draining"
 ENDED = ("completed", "failed", "stopped")
 
 
-class Books(msgspec.Struct, frozen=True):
+class _Sums(msgspec.Struct, frozen=True):
+    """Counts that add up field by field."""
+
+    def __add__(self, other: Self) -> Self:
+        pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True)
+        return type(self)(*(mine + theirs for mine, theirs in pairs))
+
+
+class Books(_Sums, frozen=True):
     """Frames of a queue, or of several."""
 
     emitted: int = 0
@@ -39,12 +48,8 @@ class Books(msgspec.Struct, frozen=True):
     bytes: int = 0
     """Payload bytes emitted."""
 
-    def __add__(self, other: Books) -> Books:
-        pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True)
-        return Books(*(mine + theirs for mine, theirs in pairs))
 
-
-class Crew(msgspec.Struct, frozen=True):
+class Crew(_Sums, frozen=True):
     """The workers of a processor on a node, or on several, over all their lives."""
 
     workers: int = 0
@@ -54,10 +59,6 @@ class Crew(msgspec.Struct, frozen=True):
     """Of those that ended."""
     letters: int = 0
     """Dead letters that lie there."""
-
-    def __add__(self, other: Crew) -> Crew:
-        pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True)
-        return Crew(*(mine + theirs for mine, theirs in pairs))
 
 
 class Shipment(msgspec.Struct, frozen=True):

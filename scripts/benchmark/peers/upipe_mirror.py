@@ -17,7 +17,7 @@ from benchmark.model import Work
 from benchmark.peers.base import Receiver, Sender
 from benchmark.peers.upipe_memq import ManyReceiver, ManySender, Memq, MemqReceiver, MemqSender
 from upipe import MemQ
-from upipe.cluster import tls
+from upipe.cluster import copies, tls
 from upipe.cluster.ferry import Ferry
 from upipe.cluster.lanes import lay_out
 from upipe.cluster.layout import NodePlan, node_plan
@@ -60,10 +60,7 @@ class Mirrored(Memq):
         made = {}
         for one in plan.queues:
             queue = made[one.plan.name] = MemQ(one.plan.capacity, supervised=True)
-            if one.role == "home":
-                queue.never_end()
-            else:
-                queue.declare_producer(0)
+            copies.begin(queue, one.role)
         return made
 
     def close(self) -> None:
