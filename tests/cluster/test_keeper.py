@@ -170,7 +170,7 @@ from upipe.memq.queue import MemQ
 rings = []
 
 def heard(news):
-    if news.up and not rings:
+    if news.up and news.labels and not rings:  # without a plan yet, all of nothing is up
         rings.extend(map(MemQ.attach, news.labels.values()))
         for ring in rings:
             ring.is_boundary(0)  # takes a place among its participants, as a mirror does

@@ -34,6 +34,7 @@ class Errands:
         task = asyncio.get_running_loop().create_task(_logged(work, name), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: work.close())  # cancelled before its first step, it was never begun
         return task
 
     async def close(self) -> None:

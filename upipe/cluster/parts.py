@@ -75,6 +75,8 @@ class Parts:
         self._make_keeper = make_keeper
         self._make_ferry = make_ferry
         self._errands = Errands()
+        self._leaving: set[Part] = set()
+        """Over, and not closed yet."""
         self._last = LastLetters(directory / "letters")
         for name in ("parts", "pipes"):
             (directory / name).mkdir(mode=0o700, exist_ok=True)
@@ -98,10 +100,11 @@ class Parts:
 
     async def close(self) -> None:
         """Let go of all; keepers go on. Idempotent."""
-        for part in list(self.all.values()):
+        await self._errands.close()
+        for part in [*self.all.values(), *self._leaving]:
             await part.close()
         self.all.clear()
-        await self._errands.close()
+        self._leaving.clear()
 
     def _new(self, pipe: str) -> Part:
         part = self.all[pipe] = Part(pipe, self._directory / "parts" / pipe, self, self._over)
@@ -113,7 +116,12 @@ class Parts:
             self._store.pin(part.pipe, ())
             self._tidy()
             part.forget()  # at once: a new part of the same pipe may write there next
-            self._errands.run(part.close(), f"forget part {part.pipe}")
+            self._leaving.add(part)
+            self._errands.run(self._let_go(part), f"forget part {part.pipe}")
+
+    async def _let_go(self, part: Part) -> None:
+        await part.close()
+        self._leaving.discard(part)
 
     def _tidy(self) -> None:
         """Output and dead letters of the last pipes stay, so that one can look; older ones go."""
