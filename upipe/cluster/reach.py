@@ -16,6 +16,7 @@ import os
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from upipe.cluster import tls, token
 from upipe.cluster.address import DEFAULT_PORT, Address, parse
@@ -151,7 +152,8 @@ class _Search:
         tasks = [asyncio.create_task(one) for one in (search(), *(ask() for _ in range(ASKED)))]
         try:
             # Each ends for one of three reasons only: somebody was found, all were asked, or it broke.
-            await asyncio.wait([winner, *tasks], timeout=SEARCH, return_when=asyncio.FIRST_COMPLETED)
+            waited: list[asyncio.Future[Any]] = [winner, *tasks]
+            await asyncio.wait(waited, timeout=SEARCH, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
                 if task.done():
                     task.result()
