@@ -61,10 +61,7 @@ def output(to: str, id: str) -> None:  # noqa: A002
 
     Each line begins with its node where there are several. A node keeps the last 8 to 16 MiB.
     """
-    try:
-        asyncio.run(_output(to, id))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    asyncio.run(_output(to, id))
 
 
 @pipe.command("letters")

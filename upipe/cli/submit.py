@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import secrets
 import sys
 from collections.abc import Coroutine
@@ -58,11 +59,24 @@ def submit(
         raise click.UsageError(f"there is no {script} in {working_dir}: name the script as seen from there")
     pairs = dict(_pair(text) for text in environment)
     words = (Path(script).as_posix(), *arguments)
-    job = _run(_submitted(to, cluster, name or Path(script).stem, working_dir, words, pairs))
+    job = _job_id(name or Path(script).stem)
+    try:
+        info = _run(_submitted(to, cluster, job, working_dir, words, pairs))
+    except KeyboardInterrupt:
+        click.echo(f"job {job} may have been started this instant: see `upipe jobs`", err=True)
+        raise
     if detach:
-        click.echo(job.job)
+        click.echo(job)
         return
-    raise SystemExit(_followed(to, job.job))
+    status = _followed(to, job)
+    if status not in (0, 130):
+        click.echo(f"job {job} on node {info.node} ended with exit status {status}", err=True)
+    raise SystemExit(status)
+
+
+def _job_id(name: str) -> str:
+    plain = re.sub("[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:40] or "job"
+    return f"{plain}-{secrets.token_hex(4)}"
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -86,10 +100,7 @@ def jobs(to: str) -> None:
 @needs_cluster
 def logs(to: str, job: str) -> None:
     """Print what JOB printed, and go on until it has ended; ends with its exit status. Ctrl-C only ends the looking."""
-    try:
-        raise SystemExit(asyncio.run(_follow(to, job)))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    raise SystemExit(_run(_follow(to, job)))
 
 
 @click.command(short_help="Stop a submitted script.")
@@ -138,7 +149,7 @@ async def _client_for(to: str, job: str) -> Client:
 
 
 async def _submitted(
-    to: str, cluster: str, name: str, directory: Path, words: tuple[str, ...], environment: dict[str, str]
+    to: str, cluster: str, job: str, directory: Path, words: tuple[str, ...], environment: dict[str, str]
 ) -> JobInfo:
     from upipe.cluster import archive, wire
     from upipe.cluster.routes import RUN_JOB
@@ -146,11 +157,10 @@ async def _submitted(
 
     data = archive.pack(directory)
     digest = hashlib.sha256(data).hexdigest()
-    plain = "".join(one if one.isalnum() or one in "._-" else "-" for one in name).lstrip("._-")[:40] or "job"
     async with await asking.client(to, cluster) as client:
         await upload(client, [(digest, data)])
-        job = wire.JobRequest(plain, words, digest, environment, f"{plain}-{secrets.token_hex(4)}")
-        return await client.call(RUN_JOB, job)
+        request = wire.JobRequest(job.rpartition("-")[0], words, digest, environment, job)
+        return await client.call(RUN_JOB, request)
 
 
 def _followed(to: str, job: str) -> int:

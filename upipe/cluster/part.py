@@ -334,7 +334,7 @@ class Part:
         states = dict(self._ferry.states())
         return NodeReport(
             self._means.node, number, self.followed, True, False, ended, left, states, False,
-            self.failed or news.failed, news.up, news.crews,
+            self.failed or (news.failed and f"on node {self._means.node}: {news.failed}"), news.up, news.crews,
         )  # fmt: skip
 
     async def _report_changes(self) -> None:

@@ -160,8 +160,9 @@ class ClusterRunner:
             raise
 
     async def _leave(self) -> None:
-        """The loop ends (asyncio.run cancels all tasks, and waits for them) and nobody has stopped the pipe: an exception,
-        Ctrl-C, or a program that forgot it. Nobody can await it any more, so it is ended now, not when it is missed."""
+        """The loop ends (asyncio.run cancels all tasks, and waits for them) and nobody has stopped the pipe: an
+        exception, Ctrl-C, or a program that forgot it. Nobody can await it any more: it is ended now, not when it is
+        missed."""
         try:
             async with asyncio.timeout(LEAVE_SECONDS):
                 await self._ask_for(STOP, 0.0)
@@ -314,8 +315,10 @@ class ClusterRunner:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
         finally:
-            self._ended()
-            await self._peers.close()
+            try:
+                await self._peers.close()
+            finally:
+                self._ended()
 
     def _ended(self) -> None:
         if self.ended is not None and not self.ended.done():
@@ -384,7 +387,12 @@ class ClusterRunner:
     async def answer_calls(self) -> None:
         """Hand replies to the calls that wait for them, until the pipe ends."""
         roots = len({queue.target for queue in self._plan.queues})
-        await answers.answer(self.spec.name, self._replies, self.calls, roots)
+        await answers.answer(self.spec.name, self._replies, self.calls, roots, self._sender)
+
+    def _sender(self, queue: str) -> str:
+        """The node from which a queue comes."""
+        plan = self._own.plan
+        return next((one.source for one in plan.mirrors if one.queue == queue), "") if plan else ""
 
     # ------------------------------------------------------------------ telling
 
