@@ -176,20 +176,26 @@ class ProcessorError(PipeError):
         worker: the worker, as "name#index".
         kind: qualified name of the remote exception's class.
         remote_traceback: the remote stack as text.
+        node: id of the node where it ran; "" on this host.
     """
 
-    def __init__(self, processor: str, worker: str, kind: str, message: str, remote_traceback: str = "") -> None:
+    def __init__(
+        self, processor: str, worker: str, kind: str, message: str, remote_traceback: str = "", node: str = ""
+    ) -> None:
         self.processor = processor
         self.worker = worker
         self.kind = kind
         self.message = message
         self.remote_traceback = remote_traceback
-        text = f"processor {processor!r} (worker {worker}) raised {kind}: {message}"
+        self.node = node
+        where = f"worker {worker} on node {node}" if node else f"worker {worker}"
+        text = f"processor {processor!r} ({where}) raised {kind}: {message}"
         told = f"\n--- remote traceback ---\n{remote_traceback.rstrip()}" if remote_traceback else ""
         super().__init__(text + told)
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, str, str, str]]:
-        return (type(self), (self.processor, self.worker, self.kind, self.message, self.remote_traceback))
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        told = (self.processor, self.worker, self.kind, self.message, self.remote_traceback, self.node)
+        return (type(self), told)
 
 
 class PipeFailed(PipeError):

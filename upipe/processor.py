@@ -46,8 +46,10 @@ class Processor:
             ("retry"), goes there at once ("dead_letter"), or fails the pipe ("fail").
         max_deliveries: default from the pipe's settings (5).
         restart: when dead workers are replaced; default from the settings.
-        resume: for generators that always yield the same: after a death skip what is in the queue already.
-        checkpoint_every: frames between two checkpoints of a class that has checkpoint and restore.
+        resume: for generators that always yield the same: after a death skip what is in the queue already. When the
+            host dies on a cluster, the queue is gone too, and it begins anew elsewhere.
+        checkpoint_every: frames between two checkpoints of a class that has checkpoint and restore. They are files of
+            the host: on a cluster they do not follow a worker that moves to another one.
         allow_pickle: False refuses pickled frames on all its edges; default from the settings.
         frame_timeout: seconds a frame may take, its waits for room downstream not counted. A worker that takes longer
             is killed by the kernel (SIGALRM: the code must leave that signal alone), and the frame is given to another.

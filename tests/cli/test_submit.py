@@ -69,7 +69,7 @@ async def upipe(*arguments: str) -> tuple[int, str, str]:
 
 async def test_a_script_runs_a_pipe_there_and_its_status_comes_back(node: Node, work: Path) -> None:
     status, out, err = await upipe("submit", "--working-dir", str(work), "script.py", "3")
-    assert (status, out) == (3, "answer 21\nTrue\n"), err
+    assert (status, out) == (3, "answer 21\nTrue\n") and f"on node {node.id} ended with exit status 3" in err, err
     status, out, _ = await upipe("jobs")
     assert status == 0 and "failed" in out and node.id in out
     status, out, err = await upipe("submit", "--to", node.seed, "--working-dir", str(work), "gone.py")
@@ -84,7 +84,7 @@ async def test_detached_it_is_found_by_its_id(node: Node, work: Path) -> None:
     assert status == 0 and job.startswith("my-job-"), err
     assert await upipe("logs", job) == (4, "1 ['--name', 'x']\n", "")
     status, out, err = await upipe("logs", "other")
-    assert status == 1 and "knows no job other" in err
+    assert status == 1 and "no node that answers knows job other" in err
 
 
 async def test_stop_ends_it_and_so_does_ctrl_c(node: Node, work: Path) -> None:

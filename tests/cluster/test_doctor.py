@@ -66,6 +66,13 @@ def test_token_and_port_hand_on_what_is_wrong() -> None:
     assert one.level == "problem" and one.where == "0.0.0.0:7420" and "process 7" in one.todo
 
 
+def test_a_port_that_this_hosts_agent_has_is_well() -> None:
+    used = replace(WELL, port="port 7420 is in use by process 7 (upipe-node): stop that")
+    [one] = [one for one in examine(WANTED, replace(used, agent=Peer("h:0", INFO)), NOW) if one.check == "port"]
+    assert one.level == "ok" and f"node {INFO.node_id} listens there" in one.what
+    assert found("port", port=used.port, agent=Peer("h:0", error="NodeUnproven", fault="x")).level == "problem"
+
+
 @pytest.mark.parametrize(("certificate", "level", "said"), [
     (Certificate("/c", None, "expired at ...: renew it"), "problem", "cannot be used"),
     (Certificate("/c", NOW + timedelta(days=3)), "warning", "only valid until 2026-11-25"),
@@ -135,10 +142,15 @@ async def test_a_real_node_and_whom_it_knows_are_asked(tmp_path: Path) -> None:
         credentials = tls.issue(SECRET, CLIENT)
         seed, bad, other = await mine.peers(wanted, SECRET, credentials)
         [stranger, _] = (await mine.peers(wanted, OTHER, tls.issue(OTHER, CLIENT)))[:2]
+        token.create(tmp_path / "own")
+        (tmp_path / "own").write_text(SECRET.text())
+        seen = await SystemProbes(tmp_path / "own").look(Wanted("0.0.0.0", node.port))
     assert seed.info is not None and seed.info.node_id == NODE and 99 < seed.offset < 101
     assert bad.error == "Address" and "HOST:PORT" in bad.fault
     assert other.address == "127.0.0.1:1" and other.error == "NodeUnreachable"
     assert stranger.error == "NodeUnproven" and "token" in stranger.fault
+    assert seen.agent is not None and seen.agent.info is not None and seen.agent.info.node_id == NODE
+    assert [one.address for one in seen.peers] == ["127.0.0.1:1"]  # whom it knows
 
 
 async def test_this_machine_is_looked_at(tmp_path: Path) -> None:

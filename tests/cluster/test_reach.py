@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -20,8 +23,29 @@ pytestmark = pytest.mark.timeout(60)
 NOWHERE = Hint((Address("127.0.0.1", 2),), "zeroconf", "ff" * 8)
 
 
-async def nobody() -> list[Hint]:
-    return []
+Hear = Callable[[Hint], None]
+
+
+async def nobody(hear: Hear) -> None:
+    pass
+
+
+@asynccontextmanager
+async def silent() -> AsyncIterator[tuple[Hint, list[bytes], asyncio.Event]]:
+    """Who is advertised as one of ours, takes connections and never answers; what was said to it, and that it was."""
+    heard: list[bytes] = []
+    spoken = asyncio.Event()
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(4096):
+            heard.append(data)
+            spoken.set()
+        writer.close()
+
+    async with await asyncio.start_server(take, "127.0.0.1") as server:
+        port = server.sockets[0].getsockname()[1]
+        hint = Hint((Address("127.0.0.1", port),), "zeroconf", "ee" * 8, fingerprint=support.SECRET.fingerprint)
+        yield hint, heard, spoken
 
 
 @pytest.fixture(autouse=True)
@@ -60,10 +84,10 @@ async def test_the_agent_of_this_host_is_found_by_its_socket(
 async def test_of_those_that_are_advertised_our_clusters_are_asked_first(tmp_path: Path) -> None:
     asked: list[str] = []
 
-    async def browse() -> list[Hint]:
+    async def browse(hear: Hear) -> None:
         asked.append("browsed")
-        ours = Hint((Address("127.0.0.1", one.port),), "zeroconf", one.id, fingerprint=support.SECRET.fingerprint)
-        return [NOWHERE, ours]
+        hear(NOWHERE)
+        hear(Hint((Address("127.0.0.1", one.port),), "zeroconf", one.id, fingerprint=support.SECRET.fingerprint))
 
     async with support.running(tmp_path, "one") as [one]:
         found = await reach.reach("auto", browse=browse)
@@ -71,8 +95,8 @@ async def test_of_those_that_are_advertised_our_clusters_are_asked_first(tmp_pat
 
 
 async def test_nobody_is_one_sentence_that_names_what_was_tried() -> None:
-    async def browse() -> list[Hint]:
-        return [NOWHERE]
+    async def browse(hear: Hear) -> None:
+        hear(NOWHERE)
 
     with pytest.raises(NoAgent) as caught:
         await reach.reach("auto", browse=browse)
@@ -81,6 +105,40 @@ async def test_nobody_is_one_sentence_that_names_what_was_tried() -> None:
     assert text.endswith("Start one with `upipe-node`, or name one: HOST:PORT") and "\n" not in text
     with pytest.raises(NoAgent, match="multicast DNS: nobody answered within 2 s"):
         await reach.reach("auto", browse=nobody)
+
+
+async def test_liars_cost_a_bounded_time_and_are_told_no_secret(tmp_path: Path) -> None:
+    async def browse(hear: Hear) -> None:
+        for hint in (liar, NOWHERE, foreign):
+            hear(hint)
+        await spoken.wait()  # the honest one answers last
+        hear(Hint((Address("127.0.0.1", one.port),), "zeroconf", one.id))
+        await asyncio.Event().wait()
+
+    async with (
+        asyncio.timeout(20),
+        support.running(tmp_path, "one") as [one],
+        support.running(tmp_path, "two", secret=OTHER) as [two],
+        silent() as (liar, heard, spoken),
+    ):
+        foreign = Hint((Address("127.0.0.1", two.port),), "zeroconf", two.id, fingerprint=support.SECRET.fingerprint)
+        assert (await reach.reach("auto", browse=browse)).node == one.id
+        said = b"".join(heard)
+        assert said[0] == 0x16 and support.SECRET.bearer.encode() not in said  # the first step of TLS, and nothing else
+
+
+async def test_those_who_never_answer_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def browse(hear: Hear) -> None:
+        for number in range(1, 200):
+            hear(Hint((Address(f"127.0.0.{number}", liar.addresses[0].port), *liar.addresses), "zeroconf", "ee" * 8))
+
+    monkeypatch.setattr(reach, "ASK", 0.3)
+    monkeypatch.setattr(reach, "SEARCH", 0.5)
+    async with silent() as (liar, heard, _):
+        began = time.monotonic()
+        with pytest.raises(NoAgent, match=r"and \d+ more. Start one") as caught:
+            await reach.reach("auto", browse=browse)
+        assert time.monotonic() - began < 20 and len(str(caught.value)) < 2500 and heard
 
 
 async def test_another_cluster_is_told_so(tmp_path: Path) -> None:
@@ -103,6 +161,8 @@ async def test_no_address_is_said_so() -> None:
 
 @pytest.mark.slow
 async def test_browsing_ends_in_time_where_nobody_is() -> None:
+    found: list[Hint] = []
     async with asyncio.timeout(reach.BROWSE + 8):
-        assert all(len(hint.node_id) == 16 for hint in await reach.browsed())
+        await reach.browsed(found.append)
+    assert all(len(hint.node_id) == 16 for hint in found)
     assert node_id.default_data_dir().is_absolute()

@@ -90,7 +90,8 @@ async def test_calls_are_answered_and_errors_come_with_their_traceback(tmp_path:
     pipe.chain(first, Processor("b", double, place=at("right")))
     async with asyncio.timeout(DEADLINE), cluster(tmp_path, "left", "right") as nodes, started(pipe, nodes[1]):
         assert await asyncio.gather(*(pipe.call(value) for value in (1, 2, 4))) == [2.0, 1.0, 0.5]
-        with pytest.raises(ProcessorError, match=r"'a' \(worker a#0\) raised ZeroDivisionError(.|\n)*in half"):
+        said = rf"'a' \(worker a#0 on node {nodes[0].id}\) raised ZeroDivisionError(.|\n)*in half"
+        with pytest.raises(ProcessorError, match=said):
             await pipe.call(0)
         report = await pipe.wait_for_completion()
         assert report.balanced and report.dead_letters == 1

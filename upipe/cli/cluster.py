@@ -1,18 +1,20 @@
-"""`upipe nodes`, `upipe pipes` and `upipe pipe`: the cluster, as one of its agents knows it."""
+"""`upipe nodes` and `upipe pipes`: the cluster. One pipe: pipe.py."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import click
 
-from upipe.cli import render
+from upipe.cli import asking, render
 from upipe.cli.extra import needs_cluster
 
 if TYPE_CHECKING:
     from upipe.cluster.wire import Member, PipeInfo
 
+ENDED = ("completed", "failed", "stopped")
 _TO = click.option("--to", default="auto", metavar="HOST:PORT", help="Agent to ask; default as start(cluster='auto').")
 
 
@@ -28,42 +30,17 @@ def nodes(to: str) -> None:
 @_TO
 @needs_cluster
 def pipes(to: str) -> None:
-    """List the pipes that the node knows: where their workers are, and what passed through."""
+    """List the pipes of the cluster: where their workers are, and what passed through."""
     render.terminal().print(asyncio.run(_pipes(to)))
-
-
-@click.group(short_help="End a pipe: stop it now, or drain it.")
-def pipe() -> None:
-    """End one pipe of the cluster, by its id (`upipe pipes`)."""
-
-
-@pipe.command("stop")
-@_TO
-@click.argument("id")
-@needs_cluster
-def stop(to: str, id: str) -> None:  # noqa: A002
-    """End pipe ID now; frames that are on their way are lost."""
-    click.echo(asyncio.run(_end(to, id, "stop", 10.0)))
-
-
-@pipe.command("drain")
-@_TO
-@click.option("--deadline", default=30.0, show_default=True, help="Seconds after which it is stopped.")
-@click.argument("id")
-@needs_cluster
-def drain(to: str, deadline: float, id: str) -> None:  # noqa: A002
-    """Let pipe ID take no more in, finish what it has, and end."""
-    click.echo(asyncio.run(_end(to, id, "drain", deadline)))
 
 
 # ---------------------------------------------------------------------------------------------------- doing
 
 
 async def _nodes(to: str) -> render.Picture:
-    from upipe.cluster.reach import reach
     from upipe.cluster.routes import MEMBERS
 
-    async with (await reach(to)).client() as client:
+    async with await asking.client(to) as client:
         found = await client.call(MEMBERS)
     columns = ("node", "state", "address", "CPUs", "memory", "GPUs", "load", "labels")
     return render.listing(columns, [_node(one) for one in found.members], "no nodes")
@@ -79,29 +56,48 @@ def _node(one: Member) -> tuple[str, ...]:
 
 
 async def _pipes(to: str) -> render.Picture:
-    from upipe.cluster.reach import reach
     from upipe.cluster.routes import PIPES
 
-    async with (await reach(to)).client() as client:
-        found = await client.call(PIPES)
+    reached = await asking.reached(to)
+    async with asking.peers(reached) as peers:
+        answers, failed = await asking.everywhere(
+            reached.addresses, lambda node: peers.call(node, PIPES, seconds=asking.SECONDS)
+        )
+    found = best((node, one) for node in sorted(answers) for one in answers[node].pipes)
     columns = ("pipe", "state", "emitted", "finished", "dead", "dropped", "workers by node")
-    return render.listing(columns, map(_pipe, found.pipes), "no pipes", filter(None, map(_why, found.pipes)))
+    notes = [*filter(None, map(why, (one for one, _ in found))), *asking.silent(failed)]
+    return render.listing(columns, [_pipe(*one) for one in found], "no pipes", notes)
 
 
-def _pipe(one: PipeInfo) -> tuple[str, ...]:
-    books = [book for stream, book in one.told.books.items() if stream != "replies"]
-    sums = (sum(getattr(book, name) for book in books) for name in ("emitted", "finished", "dead", "dropped"))
-    return (one.pipe, one.told.state, *map(render.count, sums), "\n".join(_seats(one)))
+def best(told: Iterable[tuple[str, PipeInfo]]) -> list[tuple[PipeInfo, bool]]:
+    """Of what nodes told of pipes, what is newest of each, and whether it has the books: while a pipe runs only its
+    coordinator has them. Running ones last."""
+    found: dict[str, tuple[PipeInfo, bool]] = {}
+    for node, one in told:
+        here = (one, one.coordinator == node or one.told.state in ENDED)
+        if one.pipe not in found or _rank(*here) > _rank(*found[one.pipe]):
+            found[one.pipe] = here
+    return sorted(found.values(), key=lambda pair: pair[0].told.state not in ENDED)
 
 
-def _why(one: PipeInfo) -> str:
+def _rank(one: PipeInfo, books: bool) -> tuple[bool, int, bool]:
+    return one.closed, one.epoch, books
+
+
+def _pipe(one: PipeInfo, books: bool) -> tuple[str, ...]:
+    kept = [book for stream, book in one.told.books.items() if stream != "replies"]
+    sums = (sum(getattr(book, name) for book in kept) for name in ("emitted", "finished", "dead", "dropped"))
+    return (one.pipe, one.told.state, *(render.count(each) if books else "?" for each in sums), "\n".join(seats(one)))
+
+
+def why(one: PipeInfo) -> str:
     """Why it failed, or what it waits for."""
     if one.told.reasons:
         return f"{one.pipe} {one.told.state}: {one.told.reasons[0].partition(chr(10))[0]}"
     return f"{one.pipe} waits: {one.told.waiting}" if one.told.waiting else ""
 
 
-def _seats(one: PipeInfo) -> list[str]:
+def seats(one: PipeInfo) -> list[str]:
     """node: a#0,1 b#0, for each node."""
     found: dict[str, dict[str, list[str]]] = {}
     for name, row in one.seats.items():
@@ -113,14 +109,3 @@ def _seats(one: PipeInfo) -> list[str]:
 
 def _crew(name: str, numbers: list[str]) -> str:
     return f"{name}#{','.join(numbers)}"
-
-
-async def _end(to: str, pipe: str, how: str, deadline: float) -> str:
-    from upipe.cluster import wire
-    from upipe.cluster.reach import reach
-    from upipe.cluster.routes import DRAIN, STOP
-
-    async with (await reach(to)).client() as client:
-        info = await client.call(STOP if how == "stop" else DRAIN, wire.Stopping(deadline), pipe=pipe)
-    done = "is told to stop" if how == "stop" else f"drains, for {deadline:g} s at most"
-    return f"{info.pipe} {info.told.state}" if info.closed else f"{info.pipe} {done}"

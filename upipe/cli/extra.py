@@ -21,6 +21,8 @@ def needs_cluster(command: Callable[P, T]) -> Callable[P, T]:
     def told(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
         except ModuleNotFoundError as error:
             raise click.ClickException(f"{error.name} is missing: pip install 'upipe[cluster]'") from None
         except UpipeError as error:

@@ -1,6 +1,7 @@
 """The command `upipe`: look at the queues of this user from outside, and clear away what dead processes left.
 
-What a cluster needs stands beside it: token.py, doctor.py, submit.py (scripts as jobs), cluster.py (nodes and pipes).
+What a cluster needs stands beside it: token.py, doctor.py, submit.py (scripts as jobs), cluster.py (nodes, pipes),
+pipe.py (one of them).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import click
 
 from upipe import __version__
 from upipe.cli import render
-from upipe.cli.cluster import nodes, pipe, pipes
+from upipe.cli.cluster import nodes, pipes
 from upipe.cli.doctor import doctor
+from upipe.cli.pipe import pipe
 from upipe.cli.submit import jobs, logs, stop, submit
 from upipe.cli.token import token
 from upipe.errors import UpipeError

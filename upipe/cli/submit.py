@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import secrets
 import sys
 from collections.abc import Coroutine
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from upipe.cli import render
+from upipe.cli import asking, render
 from upipe.cli.extra import needs_cluster
-from upipe.errors import NodeTimeout, NodeUnreachable
+from upipe.errors import NodeRefused, NodeTimeout, NodeUnreachable
 
 if TYPE_CHECKING:
     from upipe.cluster.client import Client
@@ -58,11 +59,24 @@ def submit(
         raise click.UsageError(f"there is no {script} in {working_dir}: name the script as seen from there")
     pairs = dict(_pair(text) for text in environment)
     words = (Path(script).as_posix(), *arguments)
-    job = _run(_submitted(to, cluster, name or Path(script).stem, working_dir, words, pairs))
+    job = _job_id(name or Path(script).stem)
+    try:
+        info = _run(_submitted(to, cluster, job, working_dir, words, pairs))
+    except KeyboardInterrupt:
+        click.echo(f"job {job} may have been started this instant: see `upipe jobs`", err=True)
+        raise
     if detach:
-        click.echo(job.job)
+        click.echo(job)
         return
-    raise SystemExit(_followed(to, job.job))
+    status = _followed(to, job)
+    if status not in (0, 130):
+        click.echo(f"job {job} on node {info.node} ended with exit status {status}", err=True)
+    raise SystemExit(status)
+
+
+def _job_id(name: str) -> str:
+    plain = re.sub("[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:40] or "job"
+    return f"{plain}-{secrets.token_hex(4)}"
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -76,7 +90,7 @@ def _pair(text: str) -> tuple[str, str]:
 @_TO
 @needs_cluster
 def jobs(to: str) -> None:
-    """List the scripts that were submitted to a node."""
+    """List the scripts that were submitted to any node of the cluster."""
     render.terminal().print(_run(_jobs(to)))
 
 
@@ -86,10 +100,7 @@ def jobs(to: str) -> None:
 @needs_cluster
 def logs(to: str, job: str) -> None:
     """Print what JOB printed, and go on until it has ended; ends with its exit status. Ctrl-C only ends the looking."""
-    try:
-        raise SystemExit(asyncio.run(_follow(to, job)))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    raise SystemExit(_run(_follow(to, job)))
 
 
 @click.command(short_help="Stop a submitted script.")
@@ -110,14 +121,35 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(work)
 
 
-async def _client(to: str, cluster: str = "") -> Client:
-    from upipe.cluster.reach import reach
+async def _client_for(to: str, job: str) -> Client:
+    """To the node that runs or ran the job, whichever was asked to. Close it.
 
-    return (await reach(to, cluster=cluster)).client()
+    Raises:
+        NodeRefused: none of those that answer knows it.
+    """
+    from upipe.cluster.routes import JOB
+
+    found = await asking.reached(to)
+    async with found.client() as client:
+        try:
+            await client.call(JOB, job=job)
+            return found.client()
+        except NodeRefused as error:
+            if error.code != "no_such_job":
+                raise
+    others = [node for node in found.addresses if node != found.node]
+    async with asking.peers(found) as peers:
+        known, failed = await asking.everywhere(
+            others, lambda node: peers.call(node, JOB, seconds=asking.SECONDS, job=job)
+        )
+    for node in known:
+        return await asking.client_of(found, node)
+    said = [f"no node that answers knows job {job}: `upipe jobs` lists those that are kept", *asking.silent(failed)]
+    raise click.ClickException("; ".join(said))
 
 
 async def _submitted(
-    to: str, cluster: str, name: str, directory: Path, words: tuple[str, ...], environment: dict[str, str]
+    to: str, cluster: str, job: str, directory: Path, words: tuple[str, ...], environment: dict[str, str]
 ) -> JobInfo:
     from upipe.cluster import archive, wire
     from upipe.cluster.routes import RUN_JOB
@@ -125,11 +157,10 @@ async def _submitted(
 
     data = archive.pack(directory)
     digest = hashlib.sha256(data).hexdigest()
-    plain = "".join(one if one.isalnum() or one in "._-" else "-" for one in name).lstrip("._-")[:40] or "job"
-    async with await _client(to, cluster) as client:
+    async with await asking.client(to, cluster) as client:
         await upload(client, [(digest, data)])
-        job = wire.JobRequest(plain, words, digest, environment, f"{plain}-{secrets.token_hex(4)}")
-        return await client.call(RUN_JOB, job)
+        request = wire.JobRequest(job.rpartition("-")[0], words, digest, environment, job)
+        return await client.call(RUN_JOB, request)
 
 
 def _followed(to: str, job: str) -> int:
@@ -150,7 +181,7 @@ async def _follow(to: str, job: str) -> int:
     from upipe.cluster.routes import JOB
 
     printed, failures = 0, 0
-    async with await _client(to) as client:
+    async with await _client_for(to, job) as client:
         while True:
             try:
                 printed = await _print_from(client, job, printed)
@@ -192,15 +223,19 @@ def _status(info: JobInfo) -> int:
 async def _jobs(to: str) -> render.Picture:
     from upipe.cluster.routes import JOBS
 
-    async with await _client(to) as client:
-        found = await client.call(JOBS)
-    rows = [(one.job, one.state, "" if one.status is None else str(one.status), one.node) for one in found.jobs]
-    return render.listing(("job", "state", "status", "node"), rows, "no jobs")
+    reached = await asking.reached(to)
+    async with asking.peers(reached) as peers:
+        known, failed = await asking.everywhere(
+            reached.addresses, lambda node: peers.call(node, JOBS, seconds=asking.SECONDS)
+        )
+    found = [job for node in sorted(known) for job in known[node].jobs]
+    rows = [(one.job, one.state, "" if one.status is None else str(one.status), one.node) for one in found]
+    return render.listing(("job", "state", "status", "node"), rows, "no jobs", asking.silent(failed))
 
 
 async def _stop(to: str, job: str, deadline: float) -> JobInfo:
     from upipe.cluster import wire
     from upipe.cluster.routes import STOP_JOB
 
-    async with await _client(to) as client:
+    async with await _client_for(to, job) as client:
         return await client.call(STOP_JOB, wire.Stopping(deadline), seconds=deadline + 10.0, job=job)

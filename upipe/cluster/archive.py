@@ -25,6 +25,8 @@ MOST_FILES = 20_000
 SKIPPED = frozenset({".git", ".hg", ".svn", "__pycache__", ".venv", "venv", ".tox", ".mypy_cache", ".pytest_cache",
     ".ruff_cache", "node_modules"})  # fmt: skip
 """Directories that never travel: history, caches, and environments, which hold for one machine only."""
+ENVIRONMENT = "pyvenv.cfg"
+"""Marks a virtual environment, whatever its name."""
 _DATE = (1980, 1, 1, 0, 0, 0)
 _EXECUTABLE = 0o100
 
@@ -62,6 +64,9 @@ def pack_module(places: Iterable[Path], name: str, most: int) -> bytes:
 def _files(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if name not in SKIPPED and not name.endswith(".egg-info"))
+        if ENVIRONMENT in names and folder != str(root):
+            folders.clear()
+            continue
         for name in sorted(names):
             path = Path(folder, name)
             if name.endswith((".pyc", ".pyo")) or not path.is_file():
@@ -72,17 +77,12 @@ def _files(root: Path) -> Iterator[Path]:
 
 
 def _zipped(paths: Iterable[Path], named: Callable[[Path], object], where: str, most: int) -> bytes:
+    found = sorted(((path, str(named(path))) for path in paths), key=lambda pair: pair[1])
+    _refuse_large([path for path, _ in found], where, most)
     buffer = io.BytesIO()
-    size = count = 0
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
-        for path, name in sorted(((path, str(named(path))) for path in paths), key=lambda pair: pair[1]):
+        for path, name in found:
             try:
-                size, count = size + path.stat().st_size, count + 1
-                if size > most or count > MOST_FILES:
-                    raise ArchiveRefused(
-                        f"{where} is too large to be shipped: more than {most // MIB} MiB or {MOST_FILES:,} files; "
-                        "keep data elsewhere, or start from a directory that holds only the code"
-                    )
                 info = zipfile.ZipInfo(name, _DATE)
                 info.external_attr = (stat.S_IFREG | (0o755 if path.stat().st_mode & _EXECUTABLE else 0o644)) << 16
                 info.compress_type = zipfile.ZIP_DEFLATED
@@ -90,6 +90,20 @@ def _zipped(paths: Iterable[Path], named: Callable[[Path], object], where: str, 
             except (OSError, ValueError, UnicodeError) as error:
                 raise ArchiveRefused(f"{path} cannot be shipped: {error}") from None
     return buffer.getvalue()
+
+
+def _refuse_large(paths: list[Path], where: str, most: int) -> None:
+    """Before anything is read."""
+    try:
+        sizes = sorted(((path.stat().st_size, str(path)) for path in paths), reverse=True)
+    except OSError as error:
+        raise ArchiveRefused(f"{where} cannot be shipped: {error}") from None
+    if sum(size for size, _ in sizes) > most or len(sizes) > MOST_FILES:
+        largest = ", ".join(f"{path} ({size / MIB:,.1f} MiB)" for size, path in sizes[:3])
+        raise ArchiveRefused(
+            f"{where} is too large to be shipped: more than {most // MIB} MiB or {MOST_FILES:,} files; keep data "
+            f"elsewhere, or start from a directory that holds only the code. The largest: {largest}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- unpacking

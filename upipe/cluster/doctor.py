@@ -108,6 +108,8 @@ class Seen:
     multicast: Mapping[str, str] = field(default_factory=dict)
     """By interface: "" when a datagram to the mDNS group came back, or what went wrong."""
     peers: tuple[Peer, ...] = ()
+    agent: Peer | None = None
+    """Where the port is in use: who listens there."""
 
 
 class Probes(Protocol):
@@ -124,7 +126,7 @@ def examine(wanted: Wanted, seen: Seen, now: datetime) -> list[Finding]:
         descriptors(seen.descriptors),
         token(seen.token),
         *([certificate(seen.certificate, now)] if seen.certificate else []),
-        port(wanted, seen.port),
+        port(wanted, seen.port, seen.agent),
         *multicast(wanted, seen.multicast),
         *(finding for one in seen.peers for finding in peer(wanted, one, seen)),
         *([] if wanted.seeds or exposed(wanted.host) else [alone(wanted)]),
@@ -170,9 +172,11 @@ def certificate(seen: Certificate, now: datetime) -> Finding:
     return Finding("certificate", "ok", told, seen.where)
 
 
-def port(wanted: Wanted, fault: str) -> Finding:
-    """Can the port be listened on?"""
+def port(wanted: Wanted, fault: str, agent: Peer | None) -> Finding:
+    """Can the port be listened on, or does the agent of this host do so already?"""
     where = f"{wanted.host}:{wanted.port}"
+    if fault and agent is not None and agent.info is not None:
+        return Finding("port", "ok", f"node {agent.info.node_id} listens there: the agent of this host", where)
     if fault:
         return Finding("port", "problem", "it cannot be listened on", where, fault)
     return Finding("port", "ok", "free", where)

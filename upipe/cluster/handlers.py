@@ -6,10 +6,11 @@ Those of jobs are in jobs.py.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from upipe.cluster import messages, wire
 from upipe.cluster.dealings import Ask, Message, Replicate
@@ -160,11 +161,11 @@ class Handlers:
         return await self._parts.letters(call.parameters["pipe"])
 
     async def output(self, call: Call) -> AsyncIterator[bytes]:
-        part = self._parts.all.get(call.parameters["pipe"])
-        path = part.output() if part is not None else None
-        if path is None:
-            raise refuse(404, "no_output", f"Pipe {call.parameters['pipe']} has no workers on this node.")
-        return tail(path, lambda: call.gone or self._parts.all.get(call.parameters["pipe"]) is not part)
+        pipe = call.parameters["pipe"]
+        part, path = self._parts.all.get(pipe), self._parts.output(pipe)
+        if not path.is_file():
+            raise refuse(404, "no_output", f"No output of workers of pipe {pipe} is kept on this node.")
+        return tail(path, lambda: call.gone or part is None or self._parts.all.get(pipe) is not part)
 
     # ------------------------------------------------------------------ contents and mirrors
 
@@ -221,14 +222,35 @@ async def _pieces(store: Store, sha256: str) -> AsyncIterator[bytes]:
 
 
 async def tail(path: Path, over: Callable[[], bool]) -> AsyncIterator[bytes]:
-    """What is in a file and what is still written to it, until nothing more comes."""
-    ending = False
-    with path.open("rb") as file:
+    """What is in a file and what is still written to it, until nothing more comes. What was moved aside as path.1
+    (keeper_output.py) comes first, and a file that is moved aside meanwhile is read to its end."""
+    before = path.with_name(f"{path.name}.1")
+    file: BinaryIO = (before if before.is_file() else path).open("rb")
+    try:
+        ending = False
         while True:
             while piece := file.read(_PIECE):
                 yield piece
+            if (newer := _newer(path, file)) is not None:
+                rest = file.read()  # written between the last look and the move: at most a piece
+                file.close()
+                file = newer
+                yield rest
+                continue
             if ending:
                 return
             ending = over()
             if not ending:
                 await asyncio.sleep(TAIL)
+    finally:
+        file.close()
+
+
+def _newer(path: Path, file: BinaryIO) -> BinaryIO | None:
+    """The file of that name, when it is another one."""
+    try:
+        if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            return None
+        return path.open("rb")
+    except FileNotFoundError:
+        return None  # it is being moved this instant, or the pipe was forgotten

@@ -62,7 +62,6 @@ class KeeperHandle(Protocol):
     async def find(self) -> bool: ...
     def follow(self, fence: Fence, plan: NodePlan | None) -> None: ...
     async def letters(self) -> list[DeadLetter]: ...
-    def output(self) -> Path: ...
     def close(self) -> None: ...
     def kill(self) -> None: ...
 
@@ -335,7 +334,7 @@ class Part:
         states = dict(self._ferry.states())
         return NodeReport(
             self._means.node, number, self.followed, True, False, ended, left, states, False,
-            self.failed or news.failed, news.up, news.crews,
+            self.failed or (news.failed and f"on node {self._means.node}: {news.failed}"), news.up, news.crews,
         )  # fmt: skip
 
     async def _report_changes(self) -> None:
@@ -401,10 +400,6 @@ class Part:
     async def letters(self) -> list[DeadLetter]:
         """Its dead letters here."""
         return await self._keeper.letters() if self._keeper is not None and not self._gone else []
-
-    def output(self) -> Path | None:
-        """The file into which its workers here print."""
-        return self._keeper.output() if self._keeper is not None else None
 
     def forget(self) -> None:
         """Nothing is left here, so nothing stays on disk."""

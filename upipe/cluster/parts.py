@@ -181,6 +181,10 @@ class Parts:
         found = await part.letters() if part is not None else []
         return msgspec.msgpack.encode(found) if found else await asyncio.to_thread(self._last.of, pipe)
 
+    def output(self, pipe: str) -> Path:
+        """The file into which the workers of a pipe print here, or printed when it ended; it may not be there."""
+        return self._directory / "pipes" / pipe / "output"
+
     def orphaned(self, pipe: str) -> bool:
         """See part.Means."""
         return not self._known(pipe)

@@ -50,10 +50,14 @@ class SystemProbes:
         """See doctor.Probes."""
         shown, secret = self.token()
         certificate, credentials = self.certificate(secret)
-        peers = await self.peers(wanted, secret, credentials) if secret and credentials else ()
+        fault, agent = self.port(wanted, secret is not None), None
+        peers: list[Peer] = []
+        if secret and credentials:
+            agent = await _ask(_own_address(wanted), secret, credentials) if fault else None
+            peers = await self.peers(wanted, secret, credentials, agent.known if agent else ())
         return Seen(
             memory=self.memory(), descriptors=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-            port=self.port(wanted, secret is not None), token=shown, version=__version__, layout=LAYOUT_VERSION,
+            port=fault, agent=agent, token=shown, version=__version__, layout=LAYOUT_VERSION,
             certificate=certificate, multicast=await self.multicast(), peers=tuple(peers),
         )  # fmt: skip
 
@@ -116,10 +120,13 @@ class SystemProbes:
                 found[name] = f"the mDNS group cannot be used: {error.strerror or error}"
         return found
 
-    async def peers(self, wanted: Wanted, secret: Secret, credentials: tls.Credentials) -> list[Peer]:
-        """The seeds, and whom they know."""
+    async def peers(
+        self, wanted: Wanted, secret: Secret, credentials: tls.Credentials, known: Iterable[str] = ()
+    ) -> list[Peer]:
+        """The seeds, whom they know, and whom the agent of this host knows."""
         seeds = await asyncio.gather(*(_ask(one, secret, credentials) for one in wanted.seeds))
-        known = dict.fromkeys(address for one in seeds for address in one.known if address not in wanted.seeds)
+        told = (*known, *(address for one in seeds for address in one.known))
+        known = dict.fromkeys(address for address in told if address not in wanted.seeds)
         others = await asyncio.gather(*(_ask(one, secret, credentials) for one in list(known)[:MOST_PEERS]))
         return [*seeds, *others]
 
@@ -163,6 +170,12 @@ async def _ask_the_group(address: str) -> None:
         async with asyncio.timeout(MULTICAST_SECONDS):
             while await loop.sock_recv(hearing, 9000) != question(number):
                 pass
+
+
+def _own_address(wanted: Wanted) -> str:
+    """Of whoever listens on the port that is wanted."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(wanted.host, wanted.host)
+    return f"[{host}]:{wanted.port}" if ":" in host else f"{host}:{wanted.port}"
 
 
 async def _ask(address: str, secret: Secret, credentials: tls.Credentials) -> Peer:

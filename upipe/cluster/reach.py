@@ -5,7 +5,8 @@
                    agent of this host, by its Unix socket, then at 127.0.0.1; else whoever answers multicast DNS
 
 Each candidate must prove itself in the TLS handshake (or lie in a directory of this user's) before the token is sent to
-it. An advertisement proves nothing: those with this cluster's fingerprint are only asked first.
+it. An advertisement proves nothing: those with this cluster's fingerprint are only asked first. All who are heard are
+asked beside each other while the listening goes on, so those that lie or keep silent cost time only to themselves.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from upipe.cluster import tls, token
 from upipe.cluster.address import DEFAULT_PORT, Address, parse
@@ -35,6 +37,12 @@ BROWSE = 2.0
 """Seconds to listen for advertisements. Longer finds an agent in a slow network, and makes the failure slower."""
 ASK = 3.0
 """Seconds that a candidate has to answer."""
+ASKED, MOST = 16, 64
+"""Advertised addresses that are asked at a time, and in all: more are a flood."""
+SEARCH = 10.0
+"""Seconds for all who are advertised, from the first listening."""
+TOLD = 8
+"""Failures that are told one by one, the first ones."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,8 @@ class Reached:
         return Client(self.target, self.secret, self.credentials)
 
 
-Browse = Callable[[], Awaitable[list[Hint]]]
+Browse = Callable[[Callable[[Hint], None]], Awaitable[None]]
+"""Calls what it is given with each advertisement, until it returns."""
 
 
 async def reach(where: str = "auto", *, cluster: str = "", browse: Browse | None = None) -> Reached:
@@ -70,74 +79,111 @@ async def reach(where: str = "auto", *, cluster: str = "", browse: Browse | None
 
     Raises:
         TokenError: there is no token to ask with. OptionInvalid: `where` is no address.
-        NoAgent: names everything that was tried and what came of it.
+        NoAgent: names what was tried and what came of it.
     """
     secret = token.load()
-    credentials = tls.issue(secret, tls.Identity("client", secrets.token_hex(8)))
-    tried: list[str] = []
-    unproven: NodeUnproven | None = None
-    async for told, target in _candidates(where, secret, browse or browsed, tried):
-        try:
-            async with Client(target, secret, credentials) as client:
-                return await _asked(client, target, secret, credentials, cluster)
-        except ClusterError as error:
-            unproven = error if isinstance(error, NodeUnproven) else unproven
-            tried.append(f"{told}: {error}" if told else str(error))
-    todo = "Start one with `upipe-node`, or name one: HOST:PORT"
-    if where != "auto" or os.environ.get(CLUSTER_VARIABLE, "auto") not in ("auto", LOCAL):
-        todo = "Is that the right address?"
-    if unproven is not None:
-        todo = "Use the token of that cluster: $UPIPE_TOKEN_FILE or ~/.config/upipe/token"
-    told = "; ".join(tried)
-    stop = "" if told.endswith("?") else "."
-    raise NoAgent(f"no agent of this cluster ({secret.fingerprint}) answers. Tried: {told}{stop} {todo}")
-
-
-async def _candidates(
-    where: str, secret: Secret, browse: Browse, tried: list[str]
-) -> AsyncIterator[tuple[str, Target]]:
-    told = os.environ.get(CLUSTER_VARIABLE, "")
-    named = where if where != "auto" else "" if told in ("auto", LOCAL) else told
+    search = _Search(secret, tls.issue(secret, tls.Identity("client", secrets.token_hex(8))), cluster)
+    variable = os.environ.get(CLUSTER_VARIABLE, "")
+    named = where if where != "auto" else "" if variable in ("auto", LOCAL) else variable
     if named:
         address = parse(named)
-        yield "" if where != "auto" else f"${CLUSTER_VARIABLE}={named}", Target(address.host, address.port)
-        return
-    own = default_data_dir() / SOCKET
-    if own.exists():
-        yield "the agent of this host", Target(unix=own)
+        told = "" if where != "auto" else f"${CLUSTER_VARIABLE}={named}"
+        found = await search.ask(told, Target(address.host, address.port))
     else:
-        tried.append(f"the agent of this host: there is no {own}")
-    yield "this host", Target("127.0.0.1", DEFAULT_PORT)
-    found = await browse()
-    for hint in sorted(found, key=lambda one: one.fingerprint != secret.fingerprint):
-        for address in hint.addresses:
-            yield "by multicast DNS", Target(address.host, address.port)
-    if not found:
-        tried.append(f"multicast DNS: nobody answered within {BROWSE:g} s")
+        found = await search.here() or await search.advertised(browse or browsed)
+    if found is None:
+        start = "Start one with `upipe-node`, or name one: HOST:PORT"
+        raise search.failure("Is that the right address?" if named else start)
+    return found
 
 
-async def browsed() -> list[Hint]:
-    """The agents that advertise themselves in the local networks, after BROWSE seconds at most."""
-    found: dict[str, Hint] = {}
-    first = asyncio.Event()
+class _Search:
+    """Asks candidates, and remembers what came of it."""
 
-    def heard(hint: Hint) -> None:
-        found[hint.node_id] = hint
-        first.set()
+    def __init__(self, secret: Secret, credentials: tls.Credentials, cluster: str) -> None:
+        self.tried: list[str] = []
+        self._secret = secret
+        self._credentials = credentials
+        self._cluster = cluster
+        self._unproven = False
 
-    multicast = Multicast(heard)
+    async def ask(self, told: str, target: Target) -> Reached | None:
+        """None: that is no agent for us."""
+        try:
+            async with Client(target, self._secret, self._credentials) as client:
+                return await _asked(client, target, self._secret, self._credentials, self._cluster)
+        except ClusterError as error:
+            self._unproven = self._unproven or isinstance(error, NodeUnproven)
+            self.tried.append(f"{told}: {error}" if told else str(error))
+            return None
+
+    async def here(self) -> Reached | None:
+        """The agent of this host."""
+        own, found = default_data_dir() / SOCKET, None
+        if own.exists():
+            found = await self.ask("the agent of this host", Target(unix=own))
+        else:
+            self.tried.append(f"the agent of this host: there is no {own}")
+        return found or await self.ask("this host", Target("127.0.0.1", DEFAULT_PORT))
+
+    async def advertised(self, browse: Browse) -> Reached | None:
+        """Whoever is advertised and proves itself first."""
+        waiting: asyncio.PriorityQueue[tuple[bool, int, Target]] = asyncio.PriorityQueue()
+        heard: set[Target] = set()
+        winner: asyncio.Future[Reached] = asyncio.get_running_loop().create_future()
+
+        def hear(hint: Hint) -> None:
+            for target in (Target(one.host, one.port) for one in hint.addresses):
+                if target not in heard and len(heard) < MOST:
+                    heard.add(target)
+                    waiting.put_nowait((hint.fingerprint != self._secret.fingerprint, len(heard), target))
+
+        async def ask() -> None:
+            while True:
+                found = await self.ask("by multicast DNS", (await waiting.get())[2])
+                if found is not None and not winner.done():
+                    winner.set_result(found)
+                waiting.task_done()
+
+        async def search() -> None:
+            await browse(hear)
+            await waiting.join()
+
+        tasks = [asyncio.create_task(one) for one in (search(), *(ask() for _ in range(ASKED)))]
+        try:
+            # Each ends for one of three reasons only: somebody was found, all were asked, or it broke.
+            waited: list[asyncio.Future[Any]] = [winner, *tasks]
+            await asyncio.wait(waited, timeout=SEARCH, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if not heard:
+            self.tried.append(f"multicast DNS: nobody answered within {BROWSE:g} s")
+        return winner.result() if winner.done() else None
+
+    def failure(self, todo: str) -> NoAgent:
+        """What was tried, and what to do."""
+        if self._unproven:
+            todo = "Use the token of that cluster: $UPIPE_TOKEN_FILE or ~/.config/upipe/token"
+        more = [f"and {len(self.tried) - TOLD} more"] if len(self.tried) > TOLD else []
+        told = "; ".join([*self.tried[:TOLD], *more])
+        stop = "" if told.endswith("?") else "."
+        return NoAgent(f"no agent of this cluster ({self._secret.fingerprint}) answers. Tried: {told}{stop} {todo}")
+
+
+async def browsed(hear: Callable[[Hint], None]) -> None:
+    """Listen for BROWSE seconds to the agents that advertise themselves in the local networks."""
+    multicast = Multicast(hear)
     try:
         nobody = NodeInfo("0" * 16, "", (), 1, 0)
-        if await multicast.start(nobody, advertise=False) is not None:
-            return []
-        async with asyncio.timeout(BROWSE):
-            await first.wait()
-            await asyncio.sleep(0.2)  # others that answer as fast
-    except TimeoutError:
-        pass  # those that were heard are all there are
+        if await multicast.start(nobody, advertise=False) is None:
+            await asyncio.sleep(BROWSE)
     finally:
         await multicast.close()
-    return list(found.values())
 
 
 async def _asked(

@@ -46,6 +46,8 @@ from upipe.runtime.spool import DeadLetter
 
 END_SECONDS = 10.0
 """Seconds that the cluster has to tell that a pipe which was told to stop has ended."""
+LEAVE_SECONDS = 3.0
+"""Seconds to tell that this process ends: longer holds up its Ctrl-C, shorter misses a coordinator that is busy."""
 AGAIN = 0.5
 """Seconds until a report that could not be delivered is tried again."""
 _letters = msgspec.msgpack.Decoder(list[DeadLetter])
@@ -149,7 +151,29 @@ class ClusterRunner:
     # ------------------------------------------------------------------ attending
 
     async def _attend(self) -> None:
-        """Ask until the pipe has ended; then wind up."""
+        """Ask until the pipe has ended, and say good-bye when this process ends before."""
+        try:
+            await self._ask_on()
+        except asyncio.CancelledError:
+            if self._state not in PIPE_ENDED:
+                await self._leave()
+            raise
+
+    async def _leave(self) -> None:
+        """The loop ends (asyncio.run cancels all tasks, and waits for them) and nobody has stopped the pipe: an
+        exception, Ctrl-C, or a program that forgot it. Nobody can await it any more: it is ended now, not when it is
+        missed."""
+        try:
+            async with asyncio.timeout(LEAVE_SECONDS):
+                await self._ask_for(STOP, 0.0)
+        except TimeoutError:
+            pass  # our silence tells it
+        self._state, self._seconds = "stopped", time.monotonic() - self._began
+        self._let_go()
+        await self._peers.close()
+        self._ended()
+
+    async def _ask_on(self) -> None:
         while self._state not in PIPE_ENDED:
             poll = self._poll()
             try:
@@ -290,9 +314,11 @@ class ClusterRunner:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            await self._peers.close()
         finally:
-            self._ended()
+            try:
+                await self._peers.close()
+            finally:
+                self._ended()
 
     def _ended(self) -> None:
         if self.ended is not None and not self.ended.done():
@@ -361,7 +387,12 @@ class ClusterRunner:
     async def answer_calls(self) -> None:
         """Hand replies to the calls that wait for them, until the pipe ends."""
         roots = len({queue.target for queue in self._plan.queues})
-        await answers.answer(self.spec.name, self._replies, self.calls, roots)
+        await answers.answer(self.spec.name, self._replies, self.calls, roots, self._sender)
+
+    def _sender(self, queue: str) -> str:
+        """The node from which a queue comes."""
+        plan = self._own.plan
+        return next((one.source for one in plan.mirrors if one.queue == queue), "") if plan else ""
 
     # ------------------------------------------------------------------ telling
 

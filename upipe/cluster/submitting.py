@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 from upipe.cluster import wire
@@ -13,6 +14,7 @@ from upipe.errors import DeclarationError, NodeRefused
 from upipe.graph.spec import PipeSpec
 from upipe.processor import Processor
 
+log = logging.getLogger("upipe.cluster")
 _NEVER = frozenset({"no_room", "no_pipe"})
 """Codes of refusals that are about what was declared."""
 
@@ -31,11 +33,28 @@ async def submit(
         await upload(client, freight.contents.items())
         me = reached.credentials.identity.id
         try:
-            return await client.call(SUBMIT, wire.PipeRequest(id, spec, freight.shipment, me))
+            info = await client.call(SUBMIT, wire.PipeRequest(id, spec, freight.shipment, me))
         except NodeRefused as error:
             if error.code in _NEVER:
                 raise DeclarationError([error.sentence], f"pipe {spec.name!r} on this cluster") from None
             raise
+    if len(reached.addresses) > 1 and (told := forgotten(processors)):
+        log.warning("pipe %r: %s", spec.name, told)
+    return info
+
+
+def forgotten(processors: Sequence[Processor]) -> str:
+    """What restarts of workers keep, and the death of a node does not: said to who asked for it; "" when nobody did."""
+    resumed = [one.name for one in processors if one.resume]
+    stateful = [one.name for one in processors if isinstance(one.func, type) and hasattr(one.func, "checkpoint")]
+    told = []
+    if resumed:
+        told.append(f"{', '.join(map(repr, resumed))} (resume=True) from the first value")
+    if stateful:
+        told.append(f"{', '.join(map(repr, stateful))} without its checkpoint")
+    if not told:
+        return ""
+    return f"when a node dies or drains, what ran there begins anew on another one: {'; '.join(told)}"
 
 
 async def upload(client: Client, contents: Iterable[tuple[str, bytes]]) -> None:

@@ -4,6 +4,7 @@ one ends."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from upipe.errors import EndOfStream, FrameError, PipeError, ProcessorError
@@ -19,17 +20,23 @@ class Source(Protocol):
     def last_execution(self) -> int: ...
     @property
     def last_flags(self) -> int: ...
+    @property
+    def name(self) -> str:
+        """Of the queue that was read last."""
     async def aget(self) -> Any: ...
     def set_policy(self, policy: int) -> None: ...
 
 
-async def answer(pipe: str, replies: Source, calls: Calls, roots: int = 1) -> None:
+async def answer(
+    pipe: str, replies: Source, calls: Calls, roots: int = 1, node: Callable[[str], str] = lambda queue: ""
+) -> None:
     """Hand every reply to the call it belongs to, until the pipe ends; then every call that is left learns that.
 
     Args:
         roots: frames that one call begins with. Replies with the flag REPLY alone raise or lower the number that is on
         its
             way; at 0 all of them were filtered out, and the answer is None.
+        node: where a queue of replies comes from.
     """
     left: dict[int, int] = {}
     try:
@@ -43,8 +50,9 @@ async def answer(pipe: str, replies: Source, calls: Calls, roots: int = 1) -> No
                 continue
             if replies.last_flags & ERROR:
                 raised = ProcessorError(
-                    value["processor"], value["worker"], value["kind"], value["message"], value["traceback"]
-                )
+                    value["processor"], value["worker"], value["kind"], value["message"], value["traceback"],
+                    node(replies.name),
+                )  # fmt: skip
                 fail_call(calls, replies.last_execution, raised)
                 continue
             if replies.last_flags & REPLY:

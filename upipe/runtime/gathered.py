@@ -36,6 +36,7 @@ class Gathered:
         """Rises when other queues are read: who waits begins anew."""
         self._turn = 0
         self._last: MemQ | None = None
+        self._last_name = ""
         self._waits: set[AsyncWait] = set()
         self._shedding: asyncio.Task[None] | None = None
 
@@ -69,6 +70,11 @@ class Gathered:
         """Flags of the frame that was read last."""
         return self._last.last_flags if self._last is not None else 0
 
+    @property
+    def name(self) -> str:
+        """Of the queue from which was read last, "" before the first frame."""
+        return self._last_name
+
     async def aget(self) -> Any:
         """The next value, fair over the queues. Cancelled, it has taken nothing.
 
@@ -93,7 +99,8 @@ class Gathered:
         for _ in range(len(self._rings)):
             self._turn = (self._turn + 1) % len(self._rings)
             name = list(self._rings)[self._turn]
-            self._last = ring = self._rings[name]
+            ring = self._last = self._rings[name]
+            self._last_name = name
             try:
                 value = ring.get_or(_NOTHING)
             except EndOfStream:
