@@ -207,8 +207,7 @@ class Hosts:
 
     def processes(self, host: int) -> list[int]:
         """All of a host."""
-        done = subprocess.run(["ip", "netns", "pids", self.lan.name(host)], capture_output=True, text=True, timeout=20)
-        return [int(word) for word in done.stdout.split()]
+        return self.lan.processes(host)
 
     def workers(self, host: int, processor: str = "") -> list[int]:
         """Workers there, by their titles: what stands in /proc/<pid>/comm or cmdline."""

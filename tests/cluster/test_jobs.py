@@ -88,7 +88,7 @@ async def test_output_is_followed_while_it_runs(here: Jobs, tmp_path: Path) -> N
     async with asyncio.timeout(20):
         assert await anext(logs) == b"first\n" and here.info(info.job).state == "running"
         await asyncio.to_thread(fifo.write_text, "go on")
-        assert [piece async for piece in logs] == [b"last\n"]
+        assert b"".join([piece async for piece in logs]) == b"last\n"
     assert (here.info(info.job).state, here.info(info.job).status) == ("completed", 0)
 
 

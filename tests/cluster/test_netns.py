@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import netns
+from tests.cluster.hosts import until
 
 
 def test_without_root_the_tests_say_what_they_skip(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,3 +51,16 @@ def test_what_a_killed_test_left_is_swept() -> None:
     assert not (Path("/run/netns") / name).exists()
     owner.stdin.close()
     owner.stdout.close()
+
+
+@pytest.mark.system
+@pytest.mark.slow
+def test_the_processes_of_a_host_are_those_inside_and_no_others() -> None:
+    with netns.lan_of(2) as lan:
+        child = lan.popen(0, "cat", stdin=-1)
+        entering = f"nsenter is in /proc/{child.pid}/ns/net"
+        until(lambda: lan.processes(0) == [child.pid], 10, entering)
+        assert lan.processes(1) == []
+        child.kill()
+        child.wait(10)
+        assert lan.processes(0) == []

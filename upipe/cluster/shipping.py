@@ -24,7 +24,7 @@ import platform
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -40,6 +40,8 @@ from upipe.settings import MIB
 
 MOST_MODULE_BYTES = 64 * MIB
 """Of one module of the submitter's, unpacked."""
+FILES = 4096
+"""Of sources whose imports are remembered: reading 300 of them takes 2 s of a start."""
 _OURS = frozenset({"upipe", "__main__", "__mp_main__", "cloudpickle"})
 
 
@@ -241,15 +243,22 @@ def _library() -> tuple[Path, ...]:
 def _imports_below(places: list[Path]) -> tuple[set[str], set[str]]:
     """What the files there import: those that were imported here (all, when none was), and all."""
     loaded = {os.path.abspath(file) for one in list(sys.modules.values()) if (file := getattr(one, "__file__", None))}
-    found: dict[str, set[str]] = {}
+    found: dict[str, frozenset[str]] = {}
     for place in places:
         for file in [place] if place.is_file() else [Path(folder, name) for folder, name in _sources(place)]:
             try:
-                found[str(file)] = _imports(file.read_bytes(), str(file)) if file.suffix == ".py" else set()
+                state = file.stat()
+                found[str(file)] = _imports_of_file(file, state.st_mtime_ns, state.st_size)
             except OSError:
                 continue  # packing it says so
     really = [names for file, names in found.items() if file in loaded] or list(found.values())
     return set[str]().union(*really), set[str]().union(*found.values())
+
+
+@lru_cache(FILES)
+def _imports_of_file(file: Path, changed: int, size: int) -> frozenset[str]:
+    """`changed` and `size` are those of now: a file that is written again is read again."""
+    return frozenset(_imports(file.read_bytes(), str(file)) if file.suffix == ".py" else ())
 
 
 def _sources(place: Path) -> Iterator[tuple[str, str]]:

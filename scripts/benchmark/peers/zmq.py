@@ -3,64 +3,42 @@
 from __future__ import annotations
 
 import os
-import struct
 import tempfile
 from collections.abc import Iterator
-from itertools import chain
 
 import zmq
 
 from benchmark import hosts
 from benchmark.model import Work
 from benchmark.peers.base import Array, Receiver, Sender, Transport
+from benchmark.peers.messages import MessageReceiver, MessageSender
 from benchmark.ports import free_ports
 from benchmark.tally import PATIENCE, as_array, silence
 
 silence(zmq.Again)
 
-WORD = struct.Struct("<Q")
 
-
-class ZmqSender(Sender):
+class ZmqSender(MessageSender):
     def __init__(self, socket: zmq.Socket[bytes], copy: bool) -> None:
-        self.socket, self.copy = socket, copy
-
-    def put(self, value: int) -> None:
-        self.socket.send(WORD.pack(value))
-
-    def put_all(self, values: range) -> None:
-        send = self.socket.send
-        for value in map(WORD.pack, values):
-            send(value)
+        super().__init__(socket)
+        self.zmq, self.copy = socket, copy
 
     def put_frame(self, frame: Array) -> None:
         if self.copy:
-            self.socket.send(frame)
+            self.zmq.send(frame)
         else:
-            self.socket.send(frame.copy(), copy=False)  # zmq reads it later: the array must stay as it is
-
-    def close(self) -> None:
-        self.socket.close(linger=0)
+            self.zmq.send(frame.copy(), copy=False)  # zmq reads it later: the array must stay as it is
 
 
-class ZmqReceiver(Receiver):
+class ZmqReceiver(MessageReceiver):
     def __init__(self, socket: zmq.Socket[bytes], copy: bool) -> None:
-        self.socket, self.copy = socket, copy
-
-    def get(self) -> int:
-        value: int = WORD.unpack(self.socket.recv())[0]
-        return value
-
-    def values(self) -> Iterator[int]:
-        return chain.from_iterable(map(WORD.unpack, iter(self.socket.recv, None)))
+        super().__init__(socket)
+        self.zmq, self.copy = socket, copy
 
     def frames(self) -> Iterator[Array]:
-        receive = self.socket.recv
+        receive = self.zmq.recv
         while True:
             yield as_array(receive() if self.copy else receive(copy=False).buffer)
-
-    def close(self) -> None:
-        self.socket.close(linger=0)
 
 
 class Zmq(Transport):
@@ -85,6 +63,7 @@ class Zmq(Transport):
         socket = zmq.Context.instance().socket(kind)
         half = max(1, work.slots // 2)  # a mark at each end: together the ring of the others
         socket.set_hwm(half)
+        socket.setsockopt(zmq.LINGER, 0)
         return socket
 
     def sender(self, work: Work, channel: int = 0) -> Sender:
