@@ -47,6 +47,8 @@ class Keeper:
     runs: dict[str, int] = field(default_factory=dict)
     """Workers that run, with the epoch under which they were started."""
     ended: set[tuple[str, int]] = field(default_factory=set)
+    faults: dict[str, int] = field(default_factory=dict)
+    """Queues whose mirrors break here, up to the given epoch."""
 
     def arrange(self, told: Arrange, boss: str) -> None:
         if told.fence < self.fence:
@@ -88,6 +90,9 @@ class Keeper:
         )
         state = QueueState(True, True, True, Books(1, 1))
         queues = {queue.plan.name: state for queue in self.plan.queues}
+        for mirror in self.plan.mirrors:
+            if mirror.epoch <= self.faults.get(mirror.queue, 0):
+                queues[mirror.queue] = QueueState(broken="no frame starts there", epoch=mirror.epoch, broken_at=64)
         return NodeReport(
             self.node, self.number, self.fence, True, False, tuple(sorted(self.ended)), leaving, queues, over
         )

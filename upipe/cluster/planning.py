@@ -17,6 +17,7 @@ import msgspec
 from upipe.cluster.dealings import NodeReport, QueueState
 from upipe.cluster.lanes import Lane, Layout, Stream, prune, relay, streams
 from upipe.cluster.layout import NodePlan, node_plan
+from upipe.cluster.mending import mended
 from upipe.cluster.placement import Placement, Seat, Unplaceable, place
 from upipe.cluster.record import DRAINING, ENDED, MOST_MEMBERS, RUNNING, Books, Crew, Record
 from upipe.cluster.room import Node
@@ -58,6 +59,8 @@ def planned(record: Record, view: View) -> Planned:
     step = _Step(record, view)
     step.note_ended()
     step.evict()
+    if broken := step.mend():
+        return Planned(ended(record, "failed", view.reports.values(), broken))
     step.place()
     step.move()
     step.prune()
@@ -153,6 +156,14 @@ class _Step:
         fresh = sorted(self.lost & set(self.layout.nodes()) - set(known))
         self._change(evicted={**known, **dict.fromkeys(fresh, self.record.revision + 1)})
         self._keep_crews(fresh)
+
+    def mend(self) -> tuple[str, ...]:
+        """Fresh copies for what cannot be mirrored; why the pipe cannot go on."""
+        self.layout, reasons = mended(
+            self.record.spec, self.layout, self.view.reports, {*self.lost, *self.record.evicted}
+        )
+        self._change(layout=self.layout)
+        return reasons
 
     def place(self) -> None:
         before = self.before
