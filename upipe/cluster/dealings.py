@@ -54,6 +54,12 @@ class NodeReport(msgspec.Struct, frozen=True):
     """Every worker that the plan starts at once has been ready."""
     crews: dict[str, Crew] = {}
     """By processor; of the life of the keeper."""
+    refused: tuple[tuple[str, int], ...] = ()
+    """Workers of the plan it follows that never began there: it has no room for them."""
+    others: dict[str, float] = {}
+    """With `refused`: what it has promised to other pipes."""
+    unfit: str = ""
+    """Nothing of the pipe runs there, and nothing can, with the reason: it is to run elsewhere."""
 
 
 # ------------------------------------------------------------------ messages between agents

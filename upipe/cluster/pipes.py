@@ -3,8 +3,9 @@
     handlers, membership, timers ──events──▶ Scheduler ──commands──▶ Save, Send, Arrange, TellClient, in that order
 
 Commands of a pipe are done one after the other by one task, so that nothing is said before what it rests on is on disk.
-A disk that refuses is tried again, and the pipe waits. What the agent knows of others' resources is in desks of its
-own: `taken` counts the pipes whose records this agent has, which in a cluster of up to MOST_MEMBERS nodes are all.
+A disk that refuses is tried again, and the pipe waits. What other pipes take of a node is known from the records that
+lie here, and from what each node tells of its promises (NodeInfo.promised); both are of a moment ago, and the node
+itself refuses what it has not (part.py).
 
 After a start a pipe sleeps until every node of its record has been met, or GRACE has passed: a coordinator that
 believed its first look at an empty cluster would move every worker away from nodes that are well.
@@ -48,7 +49,7 @@ from upipe.cluster.errands import Errands
 from upipe.cluster.layout import cluster_problems
 from upipe.cluster.ledger import MOST_ENDED, Ledger
 from upipe.cluster.messages import NodeInfo
-from upipe.cluster.offers import node_of, queue_bytes, taken
+from upipe.cluster.offers import node_of, promised, queue_bytes
 from upipe.cluster.outbox import Outbox
 from upipe.cluster.peers import Peers
 from upipe.cluster.placement import Unplaceable
@@ -237,9 +238,9 @@ class Pipes:
     # ------------------------------------------------------------------ what nodes offer
 
     def _node(self, info: NodeInfo, record: Record | None) -> Node:
-        others = [one.record for one in self.entries.values() if record is None or one.record.id != record.id]
+        records = [one.record for one in self.entries.values()]
         has = queue_bytes(record, info.node_id) if record is not None else 0
-        return node_of(info, taken(others, info.node_id), has)
+        return node_of(info, promised(info, records, record.id if record is not None else ""), has)
 
     def nodes(self, record: Record | None) -> list[Node]:
         """What every node in use offers to a pipe; None: to a new one, and not those that do not answer just now."""
