@@ -17,9 +17,11 @@ from tests.cluster.test_lanes import CLIENT, one, seats
 from tests.cluster.test_mirror import certificate, until
 from upipe import MemQ
 from upipe.cluster import ferry as ferries
+from upipe.cluster import mending
+from upipe.cluster.dealings import NodeReport
 from upipe.cluster.lanes import lay_out, relay
 from upipe.cluster.record import Books
-from upipe.errors import QueueStuck
+from upipe.errors import MirrorRefused, QueueStuck
 from upipe.graph.spec import EdgeSpec, PipeSpec
 
 AB = PipeSpec("p", (one("a", kind="source"), one("b")), (EdgeSpec("a", "b"),))
@@ -339,6 +341,69 @@ async def test_a_queue_that_is_not_there_yet_is_told_and_tried_again(monkeypatch
         labels[name] = node.queues[name].name
         node.ferry.follow(node.plan, labels)
         await until(lambda: node.state(A_TO_B).settled)
+
+
+async def test_a_mirror_that_failed_for_good_is_opened_again_and_nothing_is_lost_or_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ferries, "AGAIN", 0.02)
+    publish, failures, values = MemQ.publish, 4, list(range(3000))
+
+    def refuse(self: MemQ, *args: int) -> Any:
+        nonlocal failures
+        if failures and self.head > 4096 * (5 - failures):
+            failures -= 1
+            raise MirrorRefused("malformed", "the header at 4096 is none")
+        return publish(self, *args)
+
+    monkeypatch.setattr(MemQ, "publish", refuse)
+    async with harbour(AB, lay_out(AB, seats(a="1", b="2"), "")) as here:
+        one_, two = here.nodes["1"], here.nodes["2"]
+        _, found = await asyncio.gather(
+            put_all(one_.writer(A_TO_B), values), get_all(two.reader(A_TO_B), len(values))
+        )
+        assert found == values and failures == 0
+        await until(lambda: one_.state(A_TO_B).empty)
+        assert one_.state(A_TO_B).books.finished == len(values) and not one_.state(A_TO_B).broken
+
+
+@pytest.mark.parametrize("lost", ["1", "2"])
+async def test_a_copy_that_is_gone_is_told_as_broken_and_a_fresh_pair_carries_the_rest(
+    lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ferries, "AGAIN", 0.02)
+    monkeypatch.setattr(ferries, "BROKEN", 0.2)
+    async with harbour(AB, lay_out(AB, seats(a="1", b="2"), "")) as here:
+        one_, node = here.nodes["1"], here.nodes[lost]
+        writer = one_.writer(A_TO_B)
+        writer.put_many(range(100))
+        assert await get_all(here.nodes["2"].reader(A_TO_B), 40) == list(range(40))
+        await until(lambda: finished(here, "1", A_TO_B) == 40)
+        name = node.queue(A_TO_B)
+        node.queues[name].unlink()  # somebody emptied /dev/shm; who has it open goes on
+        node.ferry.close()
+        node.ferry = ferries.Ferry(lost, "run", node.lines, node._changed)  # a restarted agent has nothing open
+        assert node.plan is not None
+        node.ferry.follow(node.plan, {one: q.name for one, q in node.queues.items()})
+        assert not node.state(A_TO_B).broken  # it may pass
+        writer.put_many(range(100, 200))
+        await until(lambda: node.state(A_TO_B).broken)
+        assert node.state(A_TO_B).epoch == here.layout.of(A_TO_B)[0].pair + 1
+        for turn in range(mending.MOST + 1):
+            reports = {each: NodeReport(each, turn, queues=known.ferry.states()) for each, known in here.nodes.items()}
+            here.layout, reasons = mending.mended(AB, here.layout, reports, ())
+            here.follow()
+            if lost == "2":  # the keeper made a fresh copy
+                assert reasons == ()
+                assert await get_all(here.nodes["2"].reader(A_TO_B), 160) == list(range(40, 200))
+                await until(lambda: one_.state(A_TO_B).empty)
+                assert one_.state(A_TO_B).books == Books(200, 200, bytes=1600) and not node.state(A_TO_B).broken
+                break
+            if turn < mending.MOST:
+                await until(lambda: node.state(A_TO_B).epoch == here.layout.of(A_TO_B)[0].pair + 1)
+        else:  # nobody can get at what is in the home: the pipe is told
+            (reason,) = reasons
+            assert reason.startswith("edge a -> b from node 1 to node 2 cannot go on") and "node 1 says: " in reason
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from upipe.cluster import listen, routes, tls
 from upipe.cluster.audit import Audit
 from upipe.cluster.client import Client, Target
 from upipe.cluster.guard import Policy
-from upipe.cluster.listen import Gate, Limits
+from upipe.cluster.listen import Door, Gate, Limits, bind_tcp
 from upipe.cluster.server import Server
 from upipe.errors import NodeCannotServe
 
@@ -72,6 +72,62 @@ async def test_a_full_house_takes_nobody_and_keeps_who_is_in(tmp_path: Path) -> 
         writer.write(request("GET", "/v1/node", "Connection: close"))
         assert (await reader.read()).count(b"HTTP/1.1 200") == 1  # the first one's head was read above
         await closed(writer)
+
+
+class Accepts:
+    """A listening socket; `then` is called in the tick in which it accepted, and what it accepted is kept."""
+
+    def __init__(self, listener: socket.socket, then: Any) -> None:
+        self._listener, self._then = listener, then
+        self.accepted: list[socket.socket] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._listener, name)
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        connection, address = self._listener.accept()
+        self.accepted.append(connection)
+        self._then()
+        return connection, address
+
+
+async def test_what_was_accepted_in_the_tick_in_which_the_door_closes_is_closed_too() -> None:
+    gate, told = Gate(Limits()), []
+    closing: list[asyncio.Task[None]] = []
+    listener: Any = Accepts(bind_tcp("127.0.0.1", 0)[0], lambda: closing.append(asyncio.create_task(door.close())))
+    door = Door(listener, gate, lambda key: asyncio.Protocol(), None, lambda *event, **facts: told.append(event))
+    with socket.create_connection(listener.getsockname()) as stranger:
+        async with asyncio.timeout(10):
+            while not closing:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            await closing[0]
+        assert [one.fileno() for one in listener.accepted] == [-1] and not gate.inside and not gate.unproven
+        stranger.settimeout(10)
+        assert stranger.recv(1) == b""
+    await door.close()  # again does nothing
+    assert listener.fileno() == -1
+
+
+async def test_a_door_goes_on_after_a_failure_inside_and_leaves_nothing_of_it() -> None:
+    failures = iter([RuntimeError("the audit log is full")])
+
+    def told(event: str, **facts: Any) -> None:
+        for failure in failures:
+            raise failure
+
+    loop, said = asyncio.get_running_loop(), []
+    loop.set_exception_handler(lambda loop, context: said.append(context["exception"]))
+    listener = bind_tcp("127.0.0.1", 0)[0]
+    full = Gate(Limits(connections=0))
+    door = Door(listener, full, lambda key: asyncio.Protocol(), None, told)
+    try:
+        for _ in range(2):
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            assert await asyncio.wait_for(reader.read(), 10) == b""
+            await closed(writer)
+    finally:
+        await door.close()
+    assert [str(one) for one in said] == ["the audit log is full"] and not full.inside
 
 
 async def test_the_socket_is_ours_alone_and_asks_for_the_token_too(tmp_path: Path) -> None:

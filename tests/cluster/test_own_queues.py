@@ -11,7 +11,7 @@ from upipe.cluster.lanes import Layout, lay_out, relay
 from upipe.cluster.layout import NodePlan, node_plan
 from upipe.cluster.own_queues import OwnQueues
 from upipe.cluster.placement import Placement
-from upipe.errors import EndOfStream, PickleRefused
+from upipe.errors import EndOfStream, PickleRefused, QueueNotFound
 from upipe.graph.spec import EdgeSpec, PipeSpec, ProcessorSpec
 from upipe.memq import segment
 from upipe.memq.queue import MemQ
@@ -51,6 +51,19 @@ def test_it_makes_what_the_plan_says_and_leaves_nothing() -> None:
     own.end()
     own.end()
     assert files() == before
+
+
+def test_a_copy_whose_mirror_broke_begins_anew_and_what_was_not_read_is_not_read_there(own: OwnQueues) -> None:
+    own.follow(plan(TWO))
+    before, labels = dict(own.queues), own.labels
+    (name,) = own.of("results")
+    lanes = tuple(msgspec.structs.replace(one, pair=9) if one.name == name else one for one in TWO.lanes)
+    own.follow(plan(msgspec.structs.replace(TWO, lanes=lanes, made=10), 2))
+    assert {one for one in own.queues if own.queues[one] is not before[one]} == {name}
+    assert own.labels[name] != labels[name] and own.of("results")[name] is own.queues[name]
+    with pytest.raises(QueueNotFound):
+        MemQ.attach(labels[name])
+    before[name].close()
 
 
 def test_a_home_does_not_end_before_its_hold_is_closed(own: OwnQueues) -> None:

@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.cluster.agent_support import SPEC, FakeEngines, until
@@ -62,6 +63,18 @@ class Means:
             raise self.unheard
         self.told.append(report)
 
+    full: tuple[tuple[str, int], ...] = ()
+    """Workers that there is no room for."""
+    changes = 0
+    """How often it was said that promises are others now."""
+
+    def beyond(self, pipe: str, spec: Any, seats: Any, agreed: Any) -> Any:
+        over = tuple(seat for seat in seats if seat in self.full and seat not in agreed)
+        return over, "there is no room", {"cpu": 4.0}
+
+    def promises(self) -> None:
+        self.changes += 1
+
     async def keep_letters(self, pipe, letters):
         self.kept = letters
 
@@ -114,7 +127,90 @@ async def test_what_cannot_be_fetched_yet_is_tried_again_and_what_cannot_run_is_
     await until(lambda: not means.told[-1].present)
     means.errors = [Unfit("node n1 lacks the package x")]
     part.order(orders(3))
-    await until(lambda: means.told[-1].failed == "node n1 lacks the package x")
+    await until(lambda: means.told[-1].unfit == "node n1 lacks the package x")
+    assert not means.told[-1].present and not means.told[-1].failed
+    part.order(orders(4, stop=True))
+    await until(lambda: means.told[-1].fence == (1, 4))
+    assert not means.told[-1].unfit
+
+
+async def test_workers_that_there_is_no_room_for_are_refused_and_what_ran_before_goes_on(made, monkeypatch):
+    monkeypatch.setattr(module, "ROOM", 0.1)
+    monkeypatch.setattr(module, "LOOK", 0.01)
+    part, means, _ = made
+    means.full = (("a", 0),)
+    part.order(orders(1))
+    await until(lambda: means.told)
+    told = means.told[-1]
+    assert (told.fence, told.refused, told.others, told.up) == ((1, 1), (("a", 0),), {"cpu": 4.0}, False)
+    (followed,) = means.engines.crew.alive.values()
+    assert followed[1].workers == () and followed[1].queues and part.promised == {}
+    means.full = ()
+    part.order(orders(2))
+    await until(lambda: means.told[-1].fence == (1, 2))
+    assert means.told[-1].refused == () and means.told[-1].up and part.promised == {"cpu": 0.1}
+    means.full = (("a", 0),)
+    part.order(orders(3))  # it runs here already
+    await until(lambda: means.told[-1].fence == (1, 3))
+    assert means.told[-1].refused == () and part.promised == {"cpu": 0.1}
+    changes = means.changes
+    means.engines.keepers["p"].end(("a", 0))
+    await until(lambda: means.told[-1].ended)
+    assert part.promised == {} and means.changes > changes
+    part.order(orders(4, stop=True))
+    await until(lambda: not means.told[-1].present)
+    assert part.agreed == frozenset()
+
+
+async def test_room_that_comes_within_some_seconds_is_taken_and_newer_orders_do_not_wait_for_it(made, monkeypatch):
+    monkeypatch.setattr(module, "LOOK", 0.01)
+    part, means, _ = made
+    means.full = (("a", 0),)
+    part.order(orders(1))
+    await asyncio.sleep(0.1)
+    assert not means.told
+    part.order(orders(2, stop=True))
+    await until(lambda: means.told and means.told[-1].fence == (1, 2), 3.0)
+    part.order(orders(3))
+    await asyncio.sleep(0.1)
+    means.full = ()
+    await until(lambda: means.told[-1].fence == (1, 3), 3.0)
+    assert means.told[-1].refused == ()
+
+
+async def test_what_was_refused_before_a_restart_is_still_refused_after_it(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ROOM", 0.0)
+    part, means, _ = made
+    means.full = (("a", 0),)
+    part.order(orders(1))
+    await until(lambda: means.told)
+    await part.close()
+    again = Means(tmp_path)
+    again.engines = FakeEngines(means.engines.crew)
+    second = Part("p", tmp_path / "orders", again, lambda _: None)
+    noted = msgspec.msgpack.decode((tmp_path / "orders").read_bytes())
+    second.recover(msgspec.structs.replace(orders(1), refused=tuple((name, at) for name, at in noted["refused"])))
+    await until(lambda: again.told and again.told[-1].fence == (1, 1))
+    assert again.told[-1].refused == (("a", 0),) and second.promised == {}
+    await second.close()
+
+
+async def test_what_cannot_be_fetched_for_long_makes_the_node_unfit_with_a_sentence(made, monkeypatch):
+    monkeypatch.setattr(module, "READY", 0.1)
+    part, means, _ = made
+    means.errors = [NodeUnreachable("the content ab is nowhere")] * 10_000
+    part.order(orders(1))
+    await until(lambda: means.told)
+    assert means.told[-1].unfit == (
+        "node n1 could not get what the pipe's code needs within 0.1 s: the content ab is nowhere"
+    )
+    assert not means.told[-1].present and means.told[-1].fence == (0, 0)
+    left = len(means.errors)
+    await asyncio.sleep(0.1)
+    assert len(means.errors) == left, "it is not asked for any more"
+    means.errors = []
+    part.order(orders(2))  # but may be by newer orders
+    await until(lambda: means.told[-1].present and means.told[-1].fence == (1, 2))
 
 
 async def test_a_keeper_that_does_not_start_fails_the_pipe_after_some_tries(made):

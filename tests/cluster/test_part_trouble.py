@@ -93,6 +93,18 @@ class Means:
         if self.refuse is not None and coordinator != self.follows:
             raise self.refuse
 
+    full: tuple[tuple[str, int], ...] = ()
+    """Workers that there is no room for."""
+    changes = 0
+    """How often it was said that promises are others now."""
+
+    def beyond(self, pipe: str, spec: Any, seats: Any, agreed: Any) -> Any:
+        over = tuple(seat for seat in seats if seat in self.full and seat not in agreed)
+        return over, "there is no room", {"cpu": 4.0}
+
+    def promises(self) -> None:
+        self.changes += 1
+
     async def keep_letters(self, pipe: str, letters: list[DeadLetter]) -> None:
         pass
 

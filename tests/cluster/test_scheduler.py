@@ -32,6 +32,15 @@ def begun(ids: str = "123", spec: PipeSpec = SPEC, **more: Any) -> World:
     return world
 
 
+def join(world: World, node: str) -> None:
+    """A node comes."""
+    world.nodes[node] = msgspec.structs.replace(world.nodes["1"], id=node, host=f"h{node}")
+    world.keepers[node] = type(world.keepers["1"])(node)
+    world.seen[node] = {node}
+    world.alive.add(node)
+    world.settle(10)
+
+
 def workers(spec: PipeSpec) -> list[str]:
     return sorted(f"{one.name}#{index}" for one in spec.processors for index in range(one.workers))
 
@@ -83,11 +92,7 @@ def test_what_shall_not_be_spread_stays_when_a_node_comes() -> None:
     spec = pipe(one("a", 2), one("b", 2), EdgeSpec("a", "b"))
     world = begun("12", spec)
     before = healthy(world, spec).layout
-    world.nodes["3"] = msgspec.structs.replace(world.nodes["1"], id="3", host="h3")
-    world.keepers["3"] = type(world.keepers["1"])("3")
-    world.seen["3"] = {"3"}
-    world.alive.add("3")
-    world.settle(10)
+    join(world, "3")
     after = healthy(world, spec)
     assert after.layout == before and after.members == ("1", "2", "3")
 
@@ -134,6 +139,15 @@ def test_the_next_agent_takes_over_when_the_coordinator_dies_and_the_old_one_ste
     healthy(world)
 
 
+def test_when_a_third_node_has_come_the_death_of_the_decider_is_survived() -> None:
+    world = begun("12", pipe(one("a", 2), one("b", 2), EdgeSpec("a", "b")))
+    join(world, "3")
+    assert world.leader.record.members == ("1", "2", "3") and world.leader.record.before == ()
+    world.kill_node("1")
+    world.settle(20)
+    assert healthy(world, world.leader.record.spec).coordinator in ("2", "3")
+
+
 @pytest.mark.parametrize(("dies", "goes_on"), [("1", False), ("2", True)])
 def test_of_two_nodes_the_decider_goes_on_alone_and_the_other_one_waits(dies: str, goes_on: bool) -> None:
     world = begun("12")
@@ -165,6 +179,55 @@ def test_a_node_whose_keeper_died_unseen_is_emptied_before_it_is_used_again() ->
     world.settle(20)
     record = healthy(world)
     assert record.evicted == {} and not world.keepers["2"].lost
+
+
+def test_what_a_node_cannot_run_runs_on_the_others_and_it_is_not_asked_again() -> None:
+    world = World("123")
+    world.keepers["3"].unfit = "node 3 lacks the package x"
+    assert world.submit(SPEC, "1") is None
+    world.settle(20)
+    record = healthy(world)
+    assert record.unfit == {"3": "node 3 lacks the package x"} and record.layout.placement.nodes() == ("1", "2")
+    assert [told.state for told in world.told] == ["running"]
+    world.kill_node("2")
+    world.start_agent("2")
+    world.settle(20)
+    assert "3" not in healthy(world).layout.nodes()
+
+
+def test_a_node_that_becomes_unfit_after_a_death_moves_the_work_on_once_more() -> None:
+    world = begun("1234")
+    world.keepers["4"].unfit = "node 4 could not get the contents"
+    world.keepers["4"].die()  # it has forgotten all of it, and cannot begin again
+    world.settle(20)
+    assert healthy(world).layout.placement.nodes() == ("1", "2", "3")
+
+
+def test_a_pipe_that_only_unfit_nodes_could_run_fails_with_what_they_say() -> None:
+    spec = pipe(one("a", 2), one("b", 1, place=Place(hosts=("host-3",))), EdgeSpec("a", "b"))
+    world = World("123")
+    world.keepers["3"].unfit = "node 3 lacks the package x"
+    assert world.submit(spec, "1") is None
+    world.settle(20)
+    assert world.leader.record.state == "failed" and world.running() == []
+    assert world.told[-1].reasons == ("node 3 lacks the package x",)
+
+
+def test_what_an_unfit_node_leaves_no_room_for_waits_for_the_others() -> None:
+    spec = pipe(one("a", 4))
+    world = World("12", cpu=2)
+    taken = {"cpu": 1.0}
+    world.nodes["1"] = msgspec.structs.replace(world.nodes["1"], resources={"cpu": 4.0})
+    world.keepers["2"].unfit = "node 2 lacks the package x"
+    world.nodes["1"] = msgspec.structs.replace(world.nodes["1"], taken=taken)
+    assert world.submit(spec, "1") is None
+    world.settle(20)
+    assert world.leader.record.state == "running" and len(world.running()) == 3
+    assert "cannot run this pipe: node 2 lacks the package x" in world.told[-1].waiting
+    world.nodes["1"] = msgspec.structs.replace(world.nodes["1"], taken={})
+    world.event("1", NodeUp(world.nodes["1"]))
+    world.settle(10)
+    healthy(world, spec)
 
 
 def test_old_and_repeated_reports_change_nothing() -> None:

@@ -6,8 +6,11 @@ a processor ends when its inputs may end (or, a root, when the world says so).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from upipe.cluster.dealings import (
     Arrange,
@@ -32,6 +35,8 @@ from upipe.cluster.room import Node
 from upipe.cluster.scheduler import Scheduler
 from upipe.graph.spec import PipeSpec
 
+Refusal = tuple[tuple[tuple[str, int], ...], dict[str, float]]
+
 
 @dataclass
 class Keeper:
@@ -47,21 +52,36 @@ class Keeper:
     runs: dict[str, int] = field(default_factory=dict)
     """Workers that run, with the epoch under which they were started."""
     ended: set[tuple[str, int]] = field(default_factory=set)
+    faults: dict[str, int] = field(default_factory=dict)
+    """Queues whose mirrors break here, up to the given epoch."""
+    unfit: str = ""
+    """It cannot run the pipe, with the reason."""
+    room: Callable[[NodePlan, set[str]], Refusal] = lambda plan, runs: ((), {})
+    """The workers that there is no room for beside those that run, and what others have of the node."""
+    refused: Refusal = ((), {})
 
     def arrange(self, told: Arrange, boss: str) -> None:
         if told.fence < self.fence:
             return
         self.boss = boss
-        if self.lost and told.plan is not None:
-            return  # what the plan speaks of is gone
+        if (self.lost or self.unfit) and told.plan is not None:
+            return  # what the plan speaks of is gone, or cannot be had
         self.fence, self.plan, self.lost = told.fence, told.plan, False
         if told.plan is None:
             self.runs, self.ended = {}, set()
             return
-        mine = {f"{one.processor}#{one.index}": (one.processor, one.index) for one in told.plan.workers}
+        self.refused = self.room(told.plan, set(self.runs))
+        workers = tuple(one for one in told.plan.workers if (one.processor, one.index) not in self.refused[0])
+        self.plan = msgspec.structs.replace(told.plan, workers=workers)
+        mine = {f"{one.processor}#{one.index}": (one.processor, one.index) for one in workers}
         self.ended &= set(mine.values())
         want = {name for name, key in mine.items() if name not in told.plan.leaving and key not in self.ended}
         self.runs = {name: self.runs.get(name, told.plan.epoch) for name in sorted(want)}
+
+    def seats(self) -> list[tuple[str, int]]:
+        """What it has agreed to run, and has not ended."""
+        mine = [(one.processor, one.index) for one in self.plan.workers] if self.plan else []
+        return [seat for seat in mine if seat not in self.ended]
 
     def die(self) -> None:
         had = self.plan is not None or self.lost
@@ -80,7 +100,7 @@ class Keeper:
     def report(self, over: bool) -> NodeReport:
         self.number += 1
         if self.plan is None:
-            return NodeReport(self.node, self.number, self.fence, False, self.lost)
+            return NodeReport(self.node, self.number, self.fence, False, self.lost, unfit=self.unfit)
         leaving = tuple(
             (one.processor, one.index)
             for one in self.plan.workers
@@ -88,9 +108,13 @@ class Keeper:
         )
         state = QueueState(True, True, True, Books(1, 1))
         queues = {queue.plan.name: state for queue in self.plan.queues}
+        for mirror in self.plan.mirrors:
+            if mirror.epoch <= self.faults.get(mirror.queue, 0):
+                queues[mirror.queue] = QueueState(broken="no frame starts there", epoch=mirror.epoch, broken_at=64)
         return NodeReport(
-            self.node, self.number, self.fence, True, False, tuple(sorted(self.ended)), leaving, queues, over
-        )
+            self.node, self.number, self.fence, True, False, tuple(sorted(self.ended)), leaving, queues, over,
+            refused=self.refused[0], others=self.refused[1],
+        )  # fmt: skip
 
 
 class World:

@@ -27,6 +27,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from msgspec.structs import replace
+
 from upipe.cluster import member_events as events
 from upipe.cluster import token
 from upipe.cluster.address import Address
@@ -41,6 +43,7 @@ from upipe.cluster.messages import Resources
 from upipe.cluster.metrics import Metrics
 from upipe.cluster.neighbours import Neighbours, NodeEvent
 from upipe.cluster.node_id import DataDir, Identity
+from upipe.cluster.offers import node_of
 from upipe.cluster.options import Settled
 from upipe.cluster.part import FerryHandle, KeeperHandle
 from upipe.cluster.parts import Parts
@@ -174,8 +177,8 @@ class Agent:
         self.parts = Parts(
             me, self.identity.life, self._data.path, self.store, peers, lambda *told: self.pipes.reported(*told),
             lambda pipe: pipe in self.pipes.entries, lambda *asked: self.pipes.known.successor(*asked),
-            lambda: tuple(live()), self._engines.keeper,
-            lambda pipe, changed: self._engines.ferry(me, pipe, self.lines, changed),
+            lambda: tuple(live()), lambda: node_of(self.neighbours.info, {}, 0).resources, self._promised,
+            self._engines.keeper, lambda pipe, changed: self._engines.ferry(me, pipe, self.lines, changed),
         )  # fmt: skip
         self._open.append(self.parts.close)
         self.pipes = Pipes(
@@ -236,6 +239,12 @@ class Agent:
     def _members(self) -> list[Member]:
         machine = self.neighbours.machine
         return [Member(machine.info, "alive"), *(Member(one.info, one.state) for one in machine.members())]
+
+    def _promised(self, by_pipe: dict[str, dict[str, float]]) -> None:
+        """What our resources are promised to: every coordinator shall see it."""
+        info = replace(self.neighbours.info, promised=by_pipe)
+        self.neighbours.handle(events.OwnChanged(info))
+        self.pipes.met(info)
 
     def _node_event(self, event: NodeEvent) -> None:
         if isinstance(event, events.NodeDown | events.NodeLeft):

@@ -20,6 +20,12 @@ class QueueState(msgspec.Struct, frozen=True):
     settled: bool = False
     """A home: its copy has received everything (true without a copy). A sink: its home knows what is finished here."""
     books: Books = Books()
+    broken: str = ""
+    """Why it cannot be used or mirrored, whatever its ferry tried; "" while it can, or is tried (mending.py)."""
+    epoch: int = 0
+    """What is broken: its mirror of this epoch; 0 is the queue itself, which has no mirror."""
+    broken_at: int = 0
+    """Position up to which its copy had come."""
 
 
 class NodeReport(msgspec.Struct, frozen=True):
@@ -48,6 +54,12 @@ class NodeReport(msgspec.Struct, frozen=True):
     """Every worker that the plan starts at once has been ready."""
     crews: dict[str, Crew] = {}
     """By processor; of the life of the keeper."""
+    refused: tuple[tuple[str, int], ...] = ()
+    """Workers of the plan it follows that never began there: it has no room for them."""
+    others: dict[str, float] = {}
+    """With `refused`: what it has promised to other pipes."""
+    unfit: str = ""
+    """Nothing of the pipe runs there, and nothing can, with the reason: it is to run elsewhere."""
 
 
 # ------------------------------------------------------------------ messages between agents

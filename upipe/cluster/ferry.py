@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from upipe.cluster import wire
 from upipe.cluster.dealings import QueueState
 from upipe.cluster.gate import Gate, Tail
@@ -22,14 +24,19 @@ from upipe.cluster.layout import HOLD, MirrorPlan, NodePlan, QueueHere
 from upipe.cluster.lines import Lines
 from upipe.cluster.mirror import Mirror, MirrorSink, MirrorSource
 from upipe.cluster.mirror_end import AGAIN
+from upipe.cluster.mirror_state import Failed
 from upipe.cluster.passages import NONE, passages
 from upipe.cluster.record import Books
 from upipe.cluster.tail_watch import GLANCE, STEP, TailWatch
-from upipe.errors import UpipeError
+from upipe.errors import MirrorRefused, UpipeError
 from upipe.memq.queue import MemQ
 
 CALM = 0.02
 """Seconds between two calls of on_change while much changes; after as long a quiet it is called at once."""
+BROKEN = 10.0
+"""Seconds of one fault after the other, without getting any further in between, until a queue is told as broken: its
+mirror gets a fresh pair of copies then, or the pipe fails (mending.py). Longer outlives longer troubles of a node that
+pass by themselves, and leaves the pipe standing still for as long."""
 SOURCE_COPY = 1
 """MemQ.mirror[0] of a queue that only its mirror reads."""
 
@@ -61,6 +68,25 @@ class _Station:
         self.ring.close()
 
 
+@dataclass
+class _Fault:
+    """Of a queue, one after the other."""
+
+    text: str
+    epoch: int
+    position: int
+    """The furthest that its copy had come."""
+    first: float
+    last: float
+
+    def goes_on(self, epoch: int, position: int, now: float) -> bool:
+        """Whether one that comes now is the same trouble: of the same pair, soon after, no further on."""
+        return epoch == self.epoch and position <= self.position and now - self.last <= 3 * AGAIN
+
+    def broken(self, now: float) -> bool:
+        return now - self.first >= BROKEN and now - self.last <= 3 * AGAIN
+
+
 class Ferry:
     """Moves the frames of one pipe from and to this node.
 
@@ -86,7 +112,9 @@ class Ferry:
         self._looking: asyncio.Handle | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._faults: dict[str, str] = {}
-        """Queues that could not be attached, mirrored or watched, with the reason."""
+        """Queues that could not be attached, mirrored or watched, with the reason: they are tried again."""
+        self._history: dict[str, _Fault] = {}
+        """Their latest faults; a queue that is well again keeps its own until its plan changes."""
         self._trouble = ""
         """Why the gate cannot look."""
 
@@ -111,6 +139,11 @@ class Ferry:
             if stays and station.plan is not None and name not in mirrors:
                 self._read_here(station)
             self._leave(name)
+        self._history = {
+            name: fault
+            for name, fault in self._history.items()
+            if name in queues and fault.epoch == _epoch(mirrors.get(name))
+        }
         if plan is None:
             self._plan, self._passages = None, NONE
             self._gate.rewire(())
@@ -138,7 +171,8 @@ class Ferry:
                 station.here = queue
         self._rewire(plan)
         self._news.say()
-        self._retry = self._loop.call_later(AGAIN, self.follow, plan, labels) if self._faults else None
+        if self._faults:
+            self._try_again()
 
     def close(self) -> None:
         """Close every handle; the queues stay as they are. Idempotent."""
@@ -154,7 +188,13 @@ class Ferry:
     def states(self) -> dict[str, QueueState]:
         """How every queue of the plan stands, read now; one that could not be attached says nothing good of itself."""
         known = {queue.plan.name: QueueState() for queue in self._plan.queues} if self._plan else {}
-        return {**known, **{name: _state(station) for name, station in self._stations.items() if name in known}}
+        found = {**known, **{name: _state(station) for name, station in self._stations.items() if name in known}}
+        now = self._loop.time()
+        for name, fault in self._history.items():
+            if name in found and fault.broken(now):
+                told = {"broken": fault.text, "epoch": fault.epoch, "broken_at": fault.position}
+                found[name] = msgspec.structs.replace(found[name], **told)
+        return found
 
     def infos(self) -> list[wire.MirrorInfo]:
         """Where every mirror of the plan stands."""
@@ -207,6 +247,20 @@ class Ferry:
         text = self._faults[name] = str(error) or type(error).__name__
         if text != before:
             log.error("pipe %s: queue %s: %s", self.pipe, name, text)
+        self._remember(name, text)
+
+    def _remember(self, name: str, text: str) -> None:
+        plan, station, now = _mirrors(self._plan).get(name), self._stations.get(name), self._loop.time()
+        epoch, position = _epoch(plan), _come(station)
+        known = self._history.get(name)
+        if known is None or not known.goes_on(epoch, position, now):
+            self._history[name] = _Fault(text, epoch, position, now, now)
+        else:
+            known.text, known.last = text, now
+
+    def _try_again(self) -> None:
+        if self._retry is None and self._plan is not None:
+            self._retry = self._loop.call_later(AGAIN, self.follow, self._plan, self._labels)
 
     def _mirror(self, station: _Station, plan: MirrorPlan) -> None:
         name = self._name(plan)
@@ -221,7 +275,17 @@ class Ferry:
             peer = plan.source
         station.mirror = mirror
         mirror.on_news = self._news.say
+        mirror.on_failed = lambda failed: self._failed(station, failed)
         self._lines.carry(mirror, peer, plan.dialer == self.node)
+
+    def _failed(self, station: _Station, failed: Failed) -> None:
+        """A mirror does not go on by itself: both its ends are opened again, on the same copies."""
+        name = station.here.plan.name
+        if self._stations.get(name) is not station:
+            return  # its plan is over
+        known = self._history.get(name)
+        self._fault(name, MirrorRefused(failed.code, failed.text), known.text if known is not None else "")
+        self._try_again()
 
     def _read_here(self, station: _Station) -> None:
         """Its mirror is over: what was not finished there is read here again."""
@@ -259,8 +323,7 @@ class Ferry:
             station.watch = None
             self._fault(station.here.plan.name, error)
             self._news.say()
-            if self._retry is None and self._plan is not None:
-                self._retry = self._loop.call_later(AGAIN, self.follow, self._plan, self._labels)
+            self._try_again()
 
         try:
             station.watch = TailWatch(station.ring, lambda _: self._moved(gated), failed, *pace)
@@ -346,6 +409,18 @@ class _Calm:
 def _mirrors(plan: NodePlan | None) -> dict[str, MirrorPlan]:
     """By queue: each has at most one on a node."""
     return {mirror.queue: mirror for mirror in plan.mirrors} if plan else {}
+
+
+def _epoch(plan: MirrorPlan | None) -> int:
+    return plan.epoch if plan is not None else 0
+
+
+def _come(station: _Station | None) -> int:
+    """How far the copy of a queue has come, as far as this end knows."""
+    mirror = station.mirror if station is not None else None
+    if mirror is None:
+        return 0
+    return mirror.received if isinstance(mirror, MirrorSource) else mirror.machine.head
 
 
 def _state(station: _Station) -> QueueState:

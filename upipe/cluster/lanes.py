@@ -64,6 +64,10 @@ class Lane(msgspec.Struct, frozen=True):
     pair: int = 0
     """Number of this pair of copies, for the epoch of its mirror: higher whenever it gets another reader, since that
     one begins with a fresh copy."""
+    mended: int = 0
+    """Fresh pairs in a row that it got because its mirror broke at the same place (mending.py)."""
+    broken_at: int = 0
+    """Position up to which the copy had come then."""
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -121,7 +125,7 @@ def relay(spec: PipeSpec, old: Layout, placement: Placement, gone: Iterable[str]
         readers_before = {lane.name: lane.reader for lane in old.of(stream.name)}
         for lane in now:
             if lane.reader != readers_before.get(lane.name, lane.reader):
-                lane, made = msgspec.structs.replace(lane, pair=made), made + 1
+                lane, made = msgspec.structs.replace(lane, pair=made, mended=0, broken_at=0), made + 1
             lanes.append(lane)
     return Layout(client, placement, tuple(lanes), made)
 

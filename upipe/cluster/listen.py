@@ -25,6 +25,8 @@ from upipe.errors import NodeCannotServe
 from upipe.settings import KIB
 
 BACKLOG = 256
+REST = 0.1
+"""Seconds without accepting when no descriptor is left."""
 UNIX_PATH = 107
 """Most bytes of the path of a Unix socket."""
 
@@ -115,58 +117,84 @@ class Door:
         self.context = context
         self._told = told
         self._shaking: set[asyncio.Task[None]] = set()
-        self._task = asyncio.create_task(self._accept())
+        self._loop = asyncio.get_running_loop()
+        self._again: asyncio.TimerHandle | None = None
+        self._look()
 
-    async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                connection, address = await loop.sock_accept(self.listener)
-            except OSError as error:
-                if error.errno != errno.ECONNABORTED:  # it was gone before we took it
-                    await asyncio.sleep(0.1)  # out of descriptors: the kernel does not tell when there are some again
-                continue
-            peer = _peer(connection, address)
-            if self.listener.family == socket.AF_UNIX and uid_of(connection) not in (os.geteuid(), 0):
-                self._told("refused", peer=peer, code="other_user")
-                connection.close()
-                continue
-            turned_away = self._gate.admit(connection)
-            if turned_away is not None:
-                self._told("turned_away", peer=_peer_of(turned_away))
-                with suppress(OSError):  # it is closed already
-                    turned_away.shutdown(socket.SHUT_RDWR)  # not close: its transport does that when it sees the end
-            if turned_away is connection:
-                connection.close()
-                continue
-            task = loop.create_task(self._open(connection, peer))
-            self._shaking.add(task)
-            task.add_done_callback(self._shaking.discard)
+    # A reader and no task that awaits sock_accept: who is cancelled between the accept and its next step loses the
+    # connection, which is then neither served nor closed; and what raises once ends such a task for good.
 
-    async def _open(self, connection: socket.socket, peer: str) -> None:
-        loop = asyncio.get_running_loop()
-        seconds = self._gate.limits.handshake_seconds if self.context else None
+    def _look(self) -> None:
+        self._again = None
+        self._loop.add_reader(self.listener.fileno(), self._accept)
+
+    def _accept(self) -> None:
         try:
-            await loop.connect_accepted_socket(
-                lambda: self._protocol(connection), connection, ssl=self.context, ssl_handshake_timeout=seconds
-            )
-        except (OSError, ssl.SSLError) as error:  # TimeoutError is an OSError
-            self._gate.leave(connection)
-            connection.close()
-            reason = getattr(error, "verify_message", "") or getattr(error, "reason", "") or type(error).__name__
-            self._told("handshake", peer=peer, code=str(reason))
-        except asyncio.CancelledError:
+            connection, address = self.listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):  # it was gone before we took it
+            return
+        except OSError:  # out of descriptors: the kernel does not tell when there are some again
+            self._loop.remove_reader(self.listener.fileno())
+            self._again = self._loop.call_later(REST, self._look)
+            return
+        try:
+            self._admit(connection, address)
+        except BaseException:
             self._gate.leave(connection)
             connection.close()
             raise
 
+    def _admit(self, connection: socket.socket, address: object) -> None:
+        connection.setblocking(False)
+        peer = _peer(connection, address)
+        if self.listener.family == socket.AF_UNIX and uid_of(connection) not in (os.geteuid(), 0):
+            self._told("refused", peer=peer, code="other_user")
+            connection.close()
+            return
+        turned_away = self._gate.admit(connection)
+        if turned_away is not None:
+            self._told("turned_away", peer=_peer_of(turned_away))
+            with suppress(OSError):  # it is closed already
+                turned_away.shutdown(socket.SHUT_RDWR)  # not close: its transport does that when it sees the end
+        if turned_away is connection:
+            connection.close()
+            return
+        task = self._loop.create_task(self._open(connection, peer))
+        self._shaking.add(task)
+        task.add_done_callback(lambda task: self._opened(task, connection))
+
+    async def _open(self, connection: socket.socket, peer: str) -> None:
+        seconds = self._gate.limits.handshake_seconds if self.context else None
+        try:
+            await self._loop.connect_accepted_socket(
+                lambda: self._protocol(connection), connection, ssl=self.context, ssl_handshake_timeout=seconds
+            )
+        except (OSError, ssl.SSLError) as error:  # TimeoutError is an OSError
+            reason = getattr(error, "verify_message", "") or getattr(error, "reason", "") or type(error).__name__
+            self._told("handshake", peer=peer, code=str(reason))
+            raise
+
+    def _opened(self, task: asyncio.Task[None], connection: socket.socket) -> None:
+        """Also of one that was cancelled before its first step."""
+        self._shaking.discard(task)
+        if task.cancelled() or (error := task.exception()) is not None:
+            self._gate.leave(connection)
+            connection.close()
+            if not task.cancelled() and not isinstance(error, OSError):  # SSLError is an OSError
+                self._loop.call_exception_handler({"message": "uPipe: opening a connection failed", "exception": error})
+
     async def close(self) -> None:
         """Accept no more, and end the handshakes that go on; again does nothing."""
-        tasks = [self._task, *self._shaking]
+        if self.listener.fileno() >= 0:
+            self._loop.remove_reader(self.listener.fileno())
+            self.listener.close()
+        if self._again is not None:
+            self._again.cancel()
+        tasks = list(self._shaking)
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks)
-        self.listener.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        # their callbacks were called before ours: what they held is closed
 
 
 def _peer(connection: socket.socket, address: object) -> str:

@@ -30,6 +30,10 @@ MAX_INCARNATION = (1 << 62) - 1
 MAX_HOSTS = 16
 """Most addresses that a node tells of itself."""
 
+MAX_PROMISED = 64
+"""Most pipes of which a node tells what it promised. With more on one node, coordinators that do not keep the records
+of the others may ask it for more than it has left, and it refuses."""
+
 NodeId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}$", max_length=16)]
 """16 hexadecimal digits, made at the first start of an agent."""
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
@@ -85,6 +89,8 @@ class NodeInfo(msgspec.Struct, frozen=True):
     """Bytes free in /dev/shm when it was told."""
     load: Amount = 0.0
     """Processes that run or want to, averaged over a minute, when it was told."""
+    promised: Annotated[dict[Name, dict[Name, Amount]], msgspec.Meta(max_length=MAX_PROMISED)] = {}
+    """What the workers of each pipe may use of its resources, as it has agreed."""
     draining: bool = False
     """It takes no new work and is about to leave."""
 

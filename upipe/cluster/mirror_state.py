@@ -25,7 +25,10 @@ Link = int
 """Number of a connection, never used twice in a process."""
 
 FATAL = frozenset({"stale-epoch", "bad-position", "malformed", "bad-mirror", "version"})
-"""Codes of a Refusal after which trying again is of no use; after any other, the next link is tried."""
+"""Codes of a Refusal after which trying again on this link is of no use; after any other, the next Hello is tried."""
+STOPPED = "stopped"
+"""Code of a Refusal by an end that failed before: who hears it waits. It is opened again, or its epoch is replaced; if
+it were fatal, two ends that failed together and are opened again one after the other would fail each other for ever."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ class _End:
             return []  # meant for the one that comes after us, who hears it then (Link.add)
         if self.failure:
             text = f"the {mine} of mirror {self.name} stopped: {self.failure.text}"
-            return [SayRefusal(link, self.failure.code, text, hello.epoch)]
+            return [SayRefusal(link, STOPPED, text, hello.epoch)]
         if hello.epoch < self.epoch:
             text = f"the {theirs} of mirror {self.name} has epoch {hello.epoch}, its {mine} {self.epoch}: replaced"
             return [SayRefusal(link, "stale-epoch", text, hello.epoch)]

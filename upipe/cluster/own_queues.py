@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 
 from upipe.cluster import copies
+from upipe.cluster.keeper_queues import epochs, renewed
 from upipe.cluster.layout import HOLD, NodePlan, QueueHere, rewire
 from upipe.graph.plan import PIPE, Plan
 from upipe.graph.spec import PipeSpec
@@ -57,6 +58,10 @@ class OwnQueues:
         """
         steps = rewire(self.plan, plan)
         here = {one.plan.name: one for one in plan.queues}
+        for name in renewed(self.plan, plan):  # its mirror broke (mending.py): what was not read comes again
+            if name in self.queues:
+                self.queues.pop(name).unlink()
+            self._make(here[name], epochs(plan)[name])
         for step in steps:
             if step.what == "make":
                 self._make(here[step.name])
@@ -73,12 +78,13 @@ class OwnQueues:
         if self.input_closed:
             self.close_input()
 
-    def _make(self, here: QueueHere) -> None:
+    def _make(self, here: QueueHere, epoch: int = 0) -> None:
         name, plan = here.plan.name, here.plan
         if name in self.queues:
             return  # an earlier try got so far
+        label = f"c{self._number}.{name}" + (f".{epoch}" if epoch else "")
         made = MemQ(
-            plan.capacity, policy="block", name=f"c{self._number}.{name}", supervised=True,
+            plan.capacity, policy="block", name=label, supervised=True,
             allow_pickle=pickle_allowed(self.spec, plan),
         )  # fmt: skip
         self.queues[name] = made

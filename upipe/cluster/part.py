@@ -2,7 +2,7 @@
 
 Orders come from the coordinator; the newest wins, and one task follows them, in this order (see ARCHITECTURE.md):
 
-    1. what the code needs is fetched and checked       once
+    1. what the code needs is fetched and checked       once; then it is seen what there is room for
     2. the orders are put on disk                       so that a restarted agent knows the plan of the keeper it finds
     3. ferry.release(plan)                              mirrors that end; their handles close
     4. keeper.follow(fence, plan)                       queues, workers; answered by news with that fence
@@ -30,7 +30,10 @@ from upipe.cluster import wire
 from upipe.cluster.dealings import NodeReport, QueueState
 from upipe.cluster.layout import NodePlan
 from upipe.cluster.ledger import replace_file
+from upipe.cluster.offers import needs
+from upipe.cluster.placement import Seat
 from upipe.errors import ClusterError, KeeperFailed, NodeRefused, UpipeError
+from upipe.graph.spec import PipeSpec
 from upipe.runtime.spool import DeadLetter
 
 if TYPE_CHECKING:
@@ -49,10 +52,22 @@ without a part (parts.py)."""
 FORGOTTEN = 30.0
 """Seconds for which a coordinator says that it knows no such pipe, and nobody here keeps its record, until the part
 ends by itself."""
+READY = 30.0
+"""Seconds for which it is tried to get what the pipe's code needs, before this node counts as unfit for it. Longer
+outlives longer cuts from those that have it; meanwhile the pipe waits for its workers here."""
+ROOM = 5.0
+"""Seconds for which workers that this node has no room for wait for some, before they are refused: a pipe that has
+ended for its coordinator may have its workers here a little longer. The rest of the plan waits with them."""
+LOOK = 0.1
+"""Seconds between two looks for room."""
 TRIES = 3
 """Of starting a keeper, before the pipe fails with the reason."""
 log = logging.getLogger("upipe.cluster")
 Fence = tuple[int, int]
+
+
+def _seats(plan: NodePlan | None) -> list[Seat]:
+    return [(one.processor, one.index) for one in plan.workers] if plan is not None else []
 
 
 class KeeperHandle(Protocol):
@@ -88,6 +103,14 @@ class Means(Protocol):
     def ferry(self, pipe: str, changed: Callable[[], None]) -> FerryHandle: ...
     async def prepare(self, pipe: str, orders: wire.Orders) -> Job:
         """Fetch and check what the pipe's code needs. Unfit: it cannot run here."""
+
+    def beyond(
+        self, pipe: str, spec: PipeSpec, seats: list[Seat], agreed: frozenset[Seat]
+    ) -> tuple[tuple[Seat, ...], str, dict[str, float]]:
+        """The workers of a pipe that this node has no room for, why, and what is promised to others (offers.py)."""
+
+    def promises(self) -> None:
+        """What this part has promised is something else now."""
 
     def report(self, coordinator: str, pipe: str, report: NodeReport) -> Awaitable[None]:
         """Tell a coordinator. ClusterError: it was not heard."""
@@ -125,6 +148,17 @@ class Part:
         """What keeper and ferry have both reached."""
         self.lost = False
         self.failed = ""
+        self.unfit = ""
+        """Why nothing of the pipe can run here."""
+        self.agreed: frozenset[Seat] = frozenset()
+        """Workers that have been promised their room here: of the plan that is followed, or about to be."""
+        self.refused: tuple[Seat, ...] = ()
+        """The others of that plan."""
+        self._others: dict[str, float] = {}
+        """What was promised to other pipes then."""
+        self._admitted: Fence = (0, 0)
+        """Of the plan that `agreed` is of."""
+        self._spec: PipeSpec | None = None
         self._path = path
         self._means = means
         self._over = over
@@ -160,7 +194,7 @@ class Part:
         if orders.fence < self.orders.fence:
             return False
         if orders.fence > self.orders.fence:
-            self.orders, self._successor = orders, ""
+            self.orders, self._successor, self._spec = orders, "", orders.spec or self._spec
             self._wake.set()
         self._heard = ()  # who says it again has not heard the report
         self._dirty.set()
@@ -173,12 +207,14 @@ class Part:
 
     def recover(self, orders: wire.Orders) -> None:
         """After a restart of the agent: find the keeper again. Nothing is reported before."""
-        self.orders, self._seeking = orders, True
+        self.orders, self._seeking, self._spec = orders, True, orders.spec
+        self._admitted, self.refused = orders.fence, orders.refused
+        self._promise(_seats(orders.plan))
         self._keeper = self._means.keeper(self.pipe, self._on_news, self._on_lost)
         self._wake.set()
 
     async def _follow_orders(self) -> None:
-        done, failures = (0, 0), 0
+        done, failures, since = (0, 0), 0, None
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -189,14 +225,21 @@ class Part:
                 await self._follow(orders)
                 done = orders.fence
             except Unfit as error:
-                self._fail(str(error))
-                done = orders.fence
+                self._turn_down(str(error))
+                done, since = orders.fence, None
             except (UpipeError, OSError) as error:
                 failures += isinstance(error, KeeperFailed)
                 if failures >= TRIES:
                     failures, done = 0, orders.fence
                     self._failed_often(error)
                     continue
+                if self._gone and self._job is None and not self._seeking:
+                    since = since or self._loop.time()
+                    if self._loop.time() - since > READY:
+                        told = f"could not get what the pipe's code needs within {READY:g} s"
+                        self._turn_down(f"node {self._means.node} {told}: {error}")
+                        done, since = orders.fence, None
+                        continue
                 log.warning("pipe %s: %s; it is tried again", self.pipe, error)
                 await asyncio.sleep(AGAIN)
                 self._wake.set()
@@ -232,25 +275,58 @@ class Part:
         if self.lost:
             return  # what the plan speaks of is gone; a stop comes first
         if self._gone and self._job is None:
-            self._job = await self._means.prepare(self.pipe, orders)
+            self._job, self.unfit = await self._means.prepare(self.pipe, orders), ""
             if self.orders is not orders:
                 self._wake.set()  # newer ones came; nothing was begun for these
                 return
-        await asyncio.to_thread(replace_file, self._path, msgspec.msgpack.encode(orders))
+        plan = await self._admit(orders, orders.plan)
+        if self.orders is not orders:
+            self._wake.set()
+            return
+        noted = msgspec.structs.replace(orders, refused=self.refused)
+        await asyncio.to_thread(replace_file, self._path, msgspec.msgpack.encode(noted))
         if self.lost:
             return  # since just now
         self._ferry = self._ferry or self._means.ferry(self.pipe, self._dirty.set)
-        self._ferry.release(orders.plan)
+        self._ferry.release(plan)
         if self._gone:
             self._keeper = self._means.keeper(self.pipe, self._on_news, self._on_lost)
             assert self._job is not None
             await self._keeper.start(self._job)
             self._gone, self.news = False, None
         assert self._keeper is not None
-        self._plans[orders.fence] = orders.plan
-        self._keeper.follow(orders.fence, orders.plan)
+        self._plans[orders.fence] = plan
+        self._keeper.follow(orders.fence, plan)
         if self.news is not None and self.news.fence == orders.fence:
             self._on_news(self.news)  # a keeper that was found again follows it already, and said so before we listened
+
+    async def _admit(self, orders: wire.Orders, plan: NodePlan) -> NodePlan:
+        """The plan with the workers that there is room for. What runs here stays; the others wait for ROOM seconds."""
+        seats, until = _seats(plan), self._loop.time() + ROOM
+        while self._admitted != orders.fence and not self.lost:
+            assert self._spec is not None
+            refused, why, others = self._means.beyond(self.pipe, self._spec, seats, self.agreed)
+            if refused and self._loop.time() < until:
+                await asyncio.sleep(LOOK)
+                if self.orders is not orders:
+                    break
+                continue
+            if refused:
+                log.warning("pipe %s: there is no room here for %d of its workers: %s", self.pipe, len(refused), why)
+            self._admitted, self.refused, self._others = orders.fence, refused, others
+            self._promise(seats)
+        workers = tuple(one for one in plan.workers if (one.processor, one.index) not in self.refused)
+        return plan if workers == plan.workers else msgspec.structs.replace(plan, workers=workers)
+
+    def _promise(self, seats: list[Seat]) -> None:
+        self.agreed = frozenset(seats) - set(self.refused)
+        self._means.promises()
+
+    @property
+    def promised(self) -> dict[str, float]:
+        """What its workers here may use."""
+        ended = set(self.news.ended) if self.news is not None else set()
+        return needs(self._spec, self.agreed - ended) if self._spec is not None else {}
 
     async def _end(self, orders: wire.Orders) -> None:
         await asyncio.to_thread(replace_file, self._path, msgspec.msgpack.encode(orders))
@@ -270,17 +346,28 @@ class Part:
         self._plans.clear()
 
     def _obeyed(self, fence: Fence) -> None:
-        self._gone, self.lost, self.failed, self._stopped = True, False, "", fence
+        self._gone, self.lost, self.failed, self.unfit, self._stopped = True, False, "", "", fence
         self._job = self.news = None
+        self._break_promises()
         if self._keeper is not None:
             self._keeper.close()
             self._keeper = None
         self._dirty.set()
         self._loop.call_later(FAREWELL, self._leave, fence)
 
+    def _break_promises(self) -> None:
+        """Nothing runs here."""
+        self._admitted, self.refused = (0, 0), ()
+        self._promise([])
+
     def _leave(self, fence: Fence) -> None:
         if self._gone and self._stopped == fence == self.orders.fence:
             self._over(self)
+
+    def _turn_down(self, why: str) -> None:
+        log.error("pipe %s: %s", self.pipe, why)
+        self.unfit = why
+        self._dirty.set()
 
     def _fail(self, why: str) -> None:
         self.failed = why
@@ -289,7 +376,9 @@ class Part:
     # ------------------------------------------------------------------ the keeper
 
     def _on_news(self, news: KeeperNews) -> None:
-        self.news = news
+        before, self.news = self.news, news
+        if before is not None and before.ended != news.ended:
+            self._means.promises()
         if not news.present:
             self._keeper_ended()
             return
@@ -313,6 +402,7 @@ class Part:
         log.error("pipe %s: its keeper on this node is lost: %s", self.pipe, why)
         self._release()
         self._gone, self.news = True, None
+        self._break_promises()
         if self.orders.plan is None:
             self._obeyed(self.orders.fence)
         else:
@@ -325,16 +415,19 @@ class Part:
         """Everything this node has to say about the pipe now; None: nothing yet."""
         number, news = self._means.number(), self.news
         if self._gone:
-            if not (self.lost or self.failed or self._stopped > (0, 0)):
+            if not (self.lost or self.failed or self.unfit or self._stopped > (0, 0)):
                 return None
-            return NodeReport(self._means.node, number, self._stopped, False, self.lost, failed=self.failed)
+            return NodeReport(
+                self._means.node, number, self._stopped, False, self.lost, failed=self.failed, unfit=self.unfit
+            )
         if news is None or self._ferry is None or self.followed == (0, 0):
             return None
         ended, left = tuple(news.ended), tuple(news.left)
         states = dict(self._ferry.states())
         return NodeReport(
             self._means.node, number, self.followed, True, False, ended, left, states, False,
-            self.failed or (news.failed and f"on node {self._means.node}: {news.failed}"), news.up, news.crews,
+            self.failed or (news.failed and f"on node {self._means.node}: {news.failed}"), news.up and not self.refused,
+            news.crews, self.refused, self._others if self.refused else {},
         )  # fmt: skip
 
     async def _report_changes(self) -> None:
@@ -368,7 +461,8 @@ class Part:
             self._settled(report)
 
     def _settled(self, report: NodeReport) -> None:
-        if not report.present and not report.lost and not report.failed and report.fence == self.orders.fence:
+        trouble = report.lost or report.failed or report.unfit
+        if not report.present and not trouble and report.fence == self.orders.fence:
             self._over(self)
 
     def _refused(self, error: NodeRefused, report: NodeReport) -> None:

@@ -22,17 +22,23 @@ from upipe.cluster.dealings import NodeReport
 from upipe.cluster.errands import Errands
 from upipe.cluster.fitting import differences, misfit
 from upipe.cluster.last_letters import LastLetters
+from upipe.cluster.messages import MAX_PROMISED
+from upipe.cluster.offers import beyond
 from upipe.cluster.part import FerryHandle, KeeperHandle, Part, Unfit
 from upipe.cluster.peers import Peers
+from upipe.cluster.placement import Seat
 from upipe.cluster.routes import CODE, REPORT
 from upipe.cluster.server import refuse
 from upipe.cluster.store import Store
 from upipe.errors import ArchiveRefused, ClusterError, NodeUnreachable
+from upipe.graph.spec import PipeSpec
 from upipe.runtime.spool import DeadLetter
 
 if TYPE_CHECKING:
     from upipe.cluster.keeping import Job, KeeperNews
 
+TELL = 0.1
+"""Seconds in which changes of promises gather: shorter lets others know sooner, and is more news for all."""
 KEEP = 20
 """Directories of keepers that have ended which are kept."""
 log = logging.getLogger("upipe.cluster")
@@ -53,6 +59,8 @@ class Parts:
         known: whether this agent keeps a record of a pipe.
         successor: who coordinates a pipe after an epoch, as far as that record tells, or "".
         others: nodes in use, for fetching contents.
+        has: the resources of this node.
+        promised: told by pipe what is promised, whenever that changes.
         make_keeper, make_ferry: keepers.Keeper, and ferry.Ferry of (pipe, changed).
     """
 
@@ -60,6 +68,7 @@ class Parts:
         self, node: str, life: int, directory: Path, store: Store, peers: Peers,
         reported: Callable[[str, NodeReport], None], known: Callable[[str], bool],
         successor: Callable[[str, int], str], others: Callable[[], Iterable[str]],
+        has: Callable[[], dict[str, float]], promised: Callable[[dict[str, dict[str, float]]], None],
         make_keeper: MakeKeeper, make_ferry: MakeFerry,
     ) -> None:  # fmt: skip
         self.node = node
@@ -72,6 +81,11 @@ class Parts:
         self._known = known
         self._successor = successor
         self._others = others
+        self._has = has
+        self._promised = promised
+        self._promises: dict[str, dict[str, float]] = {}
+        """As told last."""
+        self._telling: asyncio.TimerHandle | None = None
         self._make_keeper = make_keeper
         self._make_ferry = make_ferry
         self._errands = Errands()
@@ -100,6 +114,8 @@ class Parts:
 
     async def close(self) -> None:
         """Let go of all; keepers go on. Idempotent."""
+        if self._telling is not None:
+            self._telling.cancel()
         await self._errands.close()
         for part in [*self.all.values(), *self._leaving]:
             await part.close()
@@ -185,6 +201,28 @@ class Parts:
         """The file into which the workers of a pipe print here, or printed when it ended; it may not be there."""
         return self._directory / "pipes" / pipe / "output"
 
+    def beyond(
+        self, pipe: str, spec: PipeSpec, seats: list[Seat], agreed: frozenset[Seat]
+    ) -> tuple[tuple[Seat, ...], str, dict[str, float]]:
+        """See part.Means."""
+        others: dict[str, float] = {}
+        for part in self.all.values():
+            for name, amount in part.promised.items() if part.pipe != pipe else ():
+                others[name] = others.get(name, 0.0) + amount
+        return *beyond(self._has(), others, spec, seats, agreed), others
+
+    def promises(self) -> None:
+        """See part.Means. Told a little later: much changes at a time."""
+        if self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(TELL, self._tell_promises)
+
+    def _tell_promises(self) -> None:
+        self._telling = None
+        now = {pipe: part.promised for pipe, part in sorted(self.all.items()) if part.promised}
+        if now != self._promises:
+            self._promises = now
+            self._promised(dict(list(now.items())[:MAX_PROMISED]))
+
     def orphaned(self, pipe: str) -> bool:
         """See part.Means."""
         return not self._known(pipe)
@@ -226,13 +264,13 @@ class Parts:
 
     async def _fetch(self, content: str, first: str) -> None:
         """From the coordinator, else from any other node; hashes are checked, so it does not matter who gives it."""
-        failure: ClusterError = NodeUnreachable(f"no other node is known that could have the content {content}")
-        for node in dict.fromkeys((first, *self._others())):
-            if node in ("", self.node):
-                continue
+        asked = [node for node in dict.fromkeys((first, *self._others())) if node not in ("", self.node)]
+        failure: ClusterError = NodeUnreachable("no other node is known")
+        for node in asked:
             try:
                 await self._store.put(content, self._peers.content(node, CODE, sha256=content))
                 return
             except ClusterError as error:
                 failure = error
-        raise failure
+        told = f"the content {content} is not here, and none of {len(asked)} other nodes gave it"
+        raise NodeUnreachable(f"{told}; the last one: {failure}")

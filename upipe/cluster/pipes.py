@@ -6,8 +6,9 @@ Around it: known_pipes.py (what there is, and what is told of it), pipe_commands
 pipe_requests.py (what users ask).
 
 Commands of a pipe are done one after the other by one task, so that nothing is said before what it rests on is on disk.
-A disk that refuses is tried again, and the pipe waits. What the agent knows of others' resources is in desks of its
-own: `taken` counts the pipes whose records this agent has, which in a cluster of up to MOST_MEMBERS nodes are all.
+A disk that refuses is tried again, and the pipe waits. What other pipes take of a node is known from the records that
+lie here, and from what each node tells of its promises (NodeInfo.promised); both are of a moment ago, and the node
+itself refuses what it has not (part.py).
 
 After a start a pipe sleeps until every node of its record has been met, or GRACE has passed: a coordinator that
 believed its first look at an empty cluster would move every worker away from nodes that are well.
@@ -43,7 +44,7 @@ from upipe.cluster.errands import Errands
 from upipe.cluster.known_pipes import Entry, KnownPipes
 from upipe.cluster.ledger import MOST_ENDED, Ledger
 from upipe.cluster.messages import NodeInfo
-from upipe.cluster.offers import node_of, queue_bytes, taken
+from upipe.cluster.offers import node_of, promised, queue_bytes
 from upipe.cluster.peers import Peers
 from upipe.cluster.pipe_commands import SAY_SECONDS, PipeCommands
 from upipe.cluster.record import ENDED, Record
@@ -199,9 +200,9 @@ class Pipes:
     # ------------------------------------------------------------------ what nodes offer
 
     def _node(self, info: NodeInfo, record: Record | None) -> Node:
-        others = [one.record for one in self.entries.values() if record is None or one.record.id != record.id]
+        records = [one.record for one in self.entries.values()]
         has = queue_bytes(record, info.node_id) if record is not None else 0
-        return node_of(info, taken(others, info.node_id), has)
+        return node_of(info, promised(info, records, record.id if record is not None else ""), has)
 
     def nodes(self, record: Record | None) -> list[Node]:
         """What every node in use offers to a pipe; None: to a new one, and not those that do not answer just now."""

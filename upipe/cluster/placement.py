@@ -96,7 +96,8 @@ def place(
         current: where its workers run now.
         done: workers that have ended: they stay where they are, or are nowhere.
     """
-    known = sorted(nodes, key=lambda node: node.id)
+    done = frozenset(done)
+    known = [_with_tenants(spec, node, current, done) for node in sorted(nodes, key=lambda node: node.id)]
     sizes = Sizes(spec)
     search = _Search(spec, known, sizes, frozenset(done))
     found = search.run(current or Placement(), False)
@@ -104,6 +105,20 @@ def place(
         return found
     never = not isinstance(search.run(Placement(), True), Placement)
     return msgspec.structs.replace(found, never=never)
+
+
+def _with_tenants(spec: PipeSpec, node: Node, current: Placement | None, done: frozenset[Seat]) -> Node:
+    """What others are said to take never leaves less than runs there now: a node promises nothing twice, so what is
+    told of it is of another moment, and no reason to move a worker that runs."""
+    held: dict[str, float] = {}
+    for one in spec.processors if current is not None and node.taken else ():
+        assert current is not None
+        count = sum(1 for index in current.indices(one.name, node.id) if (one.name, index) not in done)
+        for name, amount in one.needs.items():
+            held[name] = held.get(name, 0.0) + count * amount
+    most = {name: max(0.0, has - held.get(name, 0.0)) for name, has in node.resources.items()}
+    taken = {name: min(amount, most.get(name, amount)) for name, amount in node.taken.items()}
+    return node if taken == node.taken else msgspec.structs.replace(node, taken=taken)
 
 
 class _Search(msgspec.Struct, frozen=True):

@@ -17,6 +17,7 @@ import msgspec
 from upipe.cluster.dealings import NodeReport, QueueState
 from upipe.cluster.lanes import Lane, Layout, Stream, prune, relay, streams
 from upipe.cluster.layout import NodePlan, node_plan
+from upipe.cluster.mending import mended
 from upipe.cluster.placement import Placement, Seat, Unplaceable, place
 from upipe.cluster.record import DRAINING, ENDED, MOST_MEMBERS, RUNNING, Books, Crew, Record
 from upipe.cluster.room import Node
@@ -33,6 +34,8 @@ class View(msgspec.Struct, frozen=True):
     reports: Mapping[str, NodeReport]
     """The newest of each keeper."""
     client_gone: bool = False
+    full: Mapping[str, Mapping[str, float]] = {}
+    """What nodes that refused workers said they have promised to other pipes, until something newer is known."""
     changed: bool = True
     """Agents came, went or changed since the last time: workers are placed anew."""
 
@@ -57,8 +60,10 @@ def planned(record: Record, view: View) -> Planned:
         return Planned(ended(record, state, view.reports.values(), reasons))
     step = _Step(record, view)
     step.note_ended()
+    step.note_unfit()
     step.evict()
-    step.place()
+    if wrong := step.mend() or step.place():
+        return Planned(ended(record, "failed", view.reports.values(), wrong))
     step.move()
     step.prune()
     step.depart()
@@ -113,9 +118,14 @@ class _Step:
         self.waiting: str | None = None
         self.fence = record.fence
         here = {*record.layout.nodes(), *record.evicted} - {record.layout.client}
-        dead = {node for node, report in view.reports.items() if report.lost and node not in record.evicted}
+        told = {node: report for node, report in view.reports.items() if node not in record.evicted}
+        self.unfit = {node: report.unfit for node, report in told.items() if report.unfit and not report.present}
+        dead = {node for node, report in told.items() if report.lost or node in self.unfit}
         self.lost = {node for node in here if node not in view.up or node in dead}
         self.layout: Layout = record.layout
+        seats = {(seat, node) for node in here if (report := self._report(node)) for seat in report.refused}
+        self.seated = _without(record.layout.placement.without(self.lost), seats)
+        """Where workers run now: not on lost nodes, nor where there was no room for them."""
 
     def _change(self, **fields: object) -> None:
         self.record = msgspec.structs.replace(self.record, **fields)
@@ -142,6 +152,10 @@ class _Step:
         }
         self._change(ended=tuple(sorted({*self.record.ended, *told})))
 
+    def note_unfit(self) -> None:
+        """They run nothing of it: what they were to run is placed anew, as if they were lost."""
+        self._change(unfit={**self.record.unfit, **self.unfit})
+
     def evict(self) -> None:
         """The lost may still run what they had; those that came back have said that they do not."""
         obeyed = {
@@ -154,24 +168,49 @@ class _Step:
         self._change(evicted={**known, **dict.fromkeys(fresh, self.record.revision + 1)})
         self._keep_crews(fresh)
 
-    def place(self) -> None:
+    def mend(self) -> tuple[str, ...]:
+        """Fresh copies for what cannot be mirrored; why the pipe cannot go on."""
+        self.layout, reasons = mended(
+            self.record.spec, self.layout, self.view.reports, {*self.lost, *self.record.evicted}
+        )
+        self._change(layout=self.layout)
+        return reasons
+
+    def place(self) -> tuple[str, ...]:
+        """Where workers shall run; why there is no use in waiting for it."""
         before = self.before
         same = before.evicted == self.record.evicted and before.ended == self.record.ended and not self.lost
+        same = same and self.seated == self.layout.placement
         if same and not self.view.changed:
-            return
+            return ()
         self.waiting = ""
         able = [node for name, node in self.view.up.items() if name not in self.record.evicted]
-        current = self.layout.placement.without(self.lost)
-        found = place(self.record.spec, able, current, self.record.ended)
+        unfit = self.record.unfit
+        known = [msgspec.structs.replace(self._as_told(node), unfit=unfit.get(node.id, "")) for node in able]
+        found = place(self.record.spec, known, self.seated, self.record.ended)
         if isinstance(found, Unplaceable):
+            if found.never and unfit and self._could_run(self.seated):
+                return tuple(unfit[node] for node in sorted(unfit))
             self.waiting = found.told()
             found = found.partial
         self._change(wanted=self._with_roots(found))
+        return ()
+
+    def _as_told(self, node: Node) -> Node:
+        """One that refused has said what it promised to others, which has not come round yet."""
+        told = self.view.full.get(node.id, {})
+        taken = {name: max(node.taken.get(name, 0.0), amount) for name, amount in told.items()}
+        return msgspec.structs.replace(node, taken={**node.taken, **taken})
+
+    def _could_run(self, current: Placement) -> bool:
+        """On the nodes there are, were they all fit: then what they lack is what keeps it, and not a node to come."""
+        found = place(self.record.spec, self.view.up.values(), current, self.record.ended)
+        return not (isinstance(found, Unplaceable) and found.never)
 
     def _with_roots(self, wanted: Placement) -> Placement:
         """Roots that drive themselves stay where they run: no queue holds how far they came, so elsewhere they would
         begin anew. A node that drains waits for them, as its user asked it to (upipe-node --drain-seconds)."""
-        seats, known = dict(wanted.seats), self.layout.placement.without(self.lost).seats
+        seats, known = dict(wanted.seats), self.seated.seats
         for one in self.record.spec.roots():
             if one.kind in ("source", "driver", "entry"):
                 pairs = zip_longest(known.get(one.name, ()), seats[one.name], fillvalue="")
@@ -179,7 +218,7 @@ class _Step:
         return Placement(seats)
 
     def move(self) -> None:
-        current, wanted = self.layout.placement.without(self.lost), self.record.wanted
+        current, wanted = self.seated, self.record.wanted
         rows = {}
         for name, row in wanted.seats.items():
             before = [*current.seats.get(name, ()), *[""] * len(row)]
@@ -271,11 +310,21 @@ class _Step:
     # ------------------------------------------------------------------ members
 
     def choose_members(self) -> None:
-        """The living ones stay, others that live fill up; the dead go once that counts without them."""
+        """The living ones stay, others that live fill up; the dead go once that counts without them. A record that
+        counts with the members of before is followed by one that needs the new ones only: else the death of one that
+        has gone, or of a former tie breaker, would still keep everybody from going on."""
         alive = {*self.view.up, self.record.coordinator}
         staying = [node for node in self.record.members if node in alive]
         more = [node for node in sorted(self.view.up) if node not in staying and not self.view.up[node].draining]
-        self._change(members=tuple(sorted((*staying, *more[: max(0, MOST_MEMBERS - len(staying))]))))
+        self._change(members=tuple(sorted((*staying, *more[: max(0, MOST_MEMBERS - len(staying))]))), before=())
+
+
+def _without(placement: Placement, seats: set[tuple[Seat, str]]) -> Placement:
+    """The same with these (worker, node) nowhere."""
+    rows = placement.seats.items()
+    return Placement(
+        {name: tuple("" if ((name, i), one) in seats else one for i, one in enumerate(row)) for name, row in rows}
+    )
 
 
 def ended(record: Record, state: str, reports: Iterable[NodeReport], reasons: tuple[str, ...] = ()) -> Record:

@@ -109,6 +109,8 @@ class Record(msgspec.Struct, frozen=True):
     evicted: dict[str, int] = {}
     """Nodes that were lost and may still run something, with the revision since when; they get nothing before they said
     that they have obeyed a stop of that revision or a later one."""
+    unfit: dict[str, str] = {}
+    """Nodes that cannot run it, as they said, with the reason: they get nothing any more."""
     state: str = RUNNING
     """running, draining, completed, failed or stopped."""
     reasons: tuple[str, ...] = ()

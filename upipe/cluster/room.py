@@ -17,7 +17,7 @@ from upipe.graph.spec import PipeSpec, ProcessorSpec
 
 MOST_ON_NODE = SLOTS - 32
 """Workers of a pipe on one node: all hold the queue of replies, and mirrors, tools and the keeper need slots too."""
-_SLACK = 1e-9
+SLACK = 1e-9
 """Sums of fractions of cores may be so far off."""
 
 
@@ -36,6 +36,8 @@ class Node(msgspec.Struct, frozen=True):
     labels: dict[str, str] = {}
     draining: bool = False
     """It gets nothing new, and what it has shall move."""
+    unfit: str = ""
+    """Why this pipe cannot run there; "" when nothing is known against it."""
 
     @property
     def named(self) -> str:
@@ -97,8 +99,10 @@ class Room:
                 has = f"{key}={node.labels[key]}" if key in node.labels else f"no {key}"
                 return f"lacks the label {label} (it has {has})"
         for name, amount in one.needs.items():
-            if amount > node.resources.get(name, 0.0) + _SLACK:
+            if amount > node.resources.get(name, 0.0) + SLACK:
                 return f"has {_show(name, node.resources.get(name, 0.0))} in all, {_show(name, amount)} is needed"
+        if node.unfit:
+            return f"cannot run this pipe: {node.unfit}"
         return "is draining" if node.draining else ""
 
     def fits(self, one: ProcessorSpec) -> int:
@@ -122,7 +126,7 @@ class Room:
             return f"has {self.tenants[node.id]} workers of this pipe, and one node runs {MOST_ON_NODE}"
         free = self.free[node.id]
         for name, amount in one.needs.items():
-            if amount > free.get(name, 0.0) + _SLACK:
+            if amount > free.get(name, 0.0) + SLACK:
                 has, left = _show(name, node.resources.get(name, 0.0)), _show(name, max(0.0, free.get(name, 0.0)))
                 return f"has {left} left of {has}, {_show(name, amount)} is needed"
         return self._short_of_memory(one, node)

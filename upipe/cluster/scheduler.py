@@ -62,6 +62,8 @@ class Scheduler:
         self.ballot = Ballot(me, record, promised, promised_to)
         self.up: dict[str, Node] = {}
         self.reports: dict[str, NodeReport] = {}
+        self.full: dict[str, dict[str, float]] = {}
+        """See View.full. Forgotten when what is told of the node's promises changes: that is newer."""
         self.waiting = ""
         """What finds no room."""
         self._client_gone = False
@@ -139,7 +141,10 @@ class Scheduler:
         if isinstance(event, Heard):
             commands += self.ballot.hear(event.message)
         elif isinstance(event, NodeUp):
-            self._changed = self._changed or self.up.get(event.node.id) != event.node
+            known = self.up.get(event.node.id)
+            self._changed = self._changed or known != event.node
+            if known is None or known.taken != event.node.taken:
+                self.full.pop(event.node.id, None)
             self.up[event.node.id] = event.node
         elif isinstance(event, NodeDown):
             self._down(event.node)
@@ -160,6 +165,8 @@ class Scheduler:
         if known is not None and known.number >= report.number:
             return []
         self.reports[report.node] = report
+        if report.refused:
+            self.full[report.node] = report.others
         counted = self.ballot.counted
         if counted is None or not report.present or report.node in plans(counted):
             return []
@@ -182,7 +189,7 @@ class Scheduler:
             if self.ballot.pending:
                 break
             commands += self._arrange()
-            view = View(self.up, self.reports, self._client_gone, self._changed)
+            view = View(self.up, self.reports, self._client_gone, self.full, self._changed)
             found = planned(self._wished(self.record), view)
             self._changed = False
             self.waiting = self.waiting if found.waiting is None else found.waiting

@@ -121,6 +121,8 @@ class Orders(msgspec.Struct, frozen=True):
     shipment: Shipment = Shipment()
     coordinator: Annotated[str, Meta(pattern=f"^({NODE_ID})?$")] = ""
     """Who says so: reports go there. Its certificate must say the same; "" in orders to the submitting process."""
+    refused: tuple[tuple[str, int], ...] = ()
+    """On the disk of the node that follows them: workers of the plan that it had no room for."""
 
 
 class Told(msgspec.Struct, frozen=True):
