@@ -51,12 +51,20 @@ def until(condition: Callable[[], object], seconds: float, what: str | Callable[
 
 
 @contextlib.contextmanager
-def hosts_of(count: int, directory: Path) -> Iterator[Hosts]:
-    """Hosts with one cluster's token, none started; at the end nothing of them is left."""
+def hosts_of(count: int, directory: Path, traced: bool = False) -> Iterator[Hosts]:
+    """Hosts with one cluster's token, none started; at the end nothing of them is left.
+
+    Args:
+        traced: agents and programs write what they are told and say into trace-<host> (traced.py). With the agents'
+            logs, keepers' directories, ledger and, when it fails, `evidence`, they stay in the directory.
+    """
     with lan_of(count) as lan:
-        hosts = Hosts(lan, directory)
+        hosts = Hosts(lan, directory, traced)
         try:
             yield hosts
+        except BaseException:
+            (directory / "evidence").write_text(hosts.evidence())
+            raise
         finally:
             hosts.close()
 
@@ -64,8 +72,9 @@ def hosts_of(count: int, directory: Path) -> Iterator[Hosts]:
 class Hosts:
     """See above. Host i is labelled host=h<i>; the directory must be short enough for Unix sockets below it."""
 
-    def __init__(self, lan: Lan, directory: Path) -> None:
+    def __init__(self, lan: Lan, directory: Path, traced: bool = False) -> None:
         self.lan = lan
+        self.traced = traced
         self.directory = directory
         self.agents: dict[int, subprocess.Popen[Any]] = {}
         self.token = directory / "token"
@@ -97,10 +106,17 @@ class Hosts:
         """Start one; it keeps its data directory."""
         with open(self.log(host), "ab") as log:
             self.agents[host] = self.lan.popen(
-                host, sys.executable, "-m", "upipe.cli.node", "--cluster", "test", "--host", "0.0.0.0",
+                host, sys.executable, "-m", *self._traced(host, "node", ["upipe.cli.node"]),
+                "--cluster", "test", "--host", "0.0.0.0",
                 "--data-dir", str(self.data(host)), "--labels", f"host=h{host}", *options,
                 env=self.environment(host), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             )  # fmt: skip
+
+    def _traced(self, host: int, what: str, command: list[str]) -> list[str]:
+        if not self.traced:
+            return command
+        more = command if what == "program" else []
+        return ["tests.cluster.traced", str(self.directory / f"trace-h{host}"), what, *more]
 
     def data(self, host: int) -> Path:
         """Its data directory."""
@@ -144,8 +160,11 @@ class Hosts:
 
     def submit(self, host: int, job: str, *arguments: str) -> subprocess.Popen[str]:
         """Start a program of tests/cluster/jobs there; its output is text in pipes."""
+        command = [str(JOBS / job)]
+        if self.traced:
+            command = ["-m", *self._traced(host, "program", command)]
         return self.lan.popen(
-            host, sys.executable, str(JOBS / job), *arguments, env=self.environment(host), text=True,
+            host, sys.executable, *command, *arguments, env=self.environment(host), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, cwd=self.directory,
         )  # fmt: skip
 
@@ -197,6 +216,21 @@ class Hosts:
                 said = asyncio.run(news(path))
                 told.append(f"keeper: {said and (said.fence, said.present, said.left, said.ended, said.workers)}")
         return "\n".join([*told, self.told()])
+
+    def evidence(self) -> str:
+        """What can be known of all hosts now, and is not in files that stay."""
+        told = []
+        for host in range(self.lan.hosts):
+            told += [f"--- processes and shared memory of h{host}"]
+            for pid in self.processes(host):
+                with contextlib.suppress(OSError):
+                    words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    told.append(f"{Path(f'/proc/{pid}/stat').read_text()[:60]} | {words[:200]}")
+            told += [str(path) for path in self.shm(host).glob("*/*")]
+        try:
+            return "\n".join([*told, self.state()])
+        except Exception as error:  # the failure that it shall explain counts
+            return "\n".join([*told, f"no state: {error!r}", self.told()])
 
     def seen(self) -> Counter[int]:
         """The ledger: how often the last stage saw each number."""

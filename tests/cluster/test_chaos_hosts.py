@@ -18,6 +18,7 @@ import pytest
 
 from tests.cluster.faults import Faults, drawn
 from tests.cluster.hosts import Hosts, hosts_of, until
+from tests.cluster.traced import stamp
 from upipe.cluster.dealings import Save
 
 pytestmark = pytest.mark.timeout(400)
@@ -27,14 +28,14 @@ SECONDS, WORK = (30.0, 6) if LONG else (12.0, 6)
 
 
 def tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(f"{stamp()} {line}", file=sys.stderr, flush=True)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_pipe_survives_whatever_happens_to_its_hosts(seed: int, tmp_path: Path) -> None:
     count = 3 + (seed % 2 if LONG else 0)
     plan = drawn(seed, count, SECONDS)
-    with hosts_of(count, tmp_path) as hosts:
+    with hosts_of(count, tmp_path, traced=True) as hosts:
         hosts.start()
         flag = tmp_path / "enough"
         program = hosts.submit(0, "chain.py", f"--until={flag}", "--rate=200", "--source=h0", f"--work={WORK}")
