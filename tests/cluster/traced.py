@@ -1,4 +1,4 @@
-"""An agent, or a program that submits, that keeps its evidence: what its machines were told and answered, with the time.
+"""An agent, or a program that submits, that keeps evidence: what its machines were told and answered, with the time.
 
     python -m tests.cluster.traced FILE node OPTIONS...         upipe-node
     python -m tests.cluster.traced FILE program SCRIPT ...      a program
@@ -128,9 +128,15 @@ def trace_agent(trace: Trace) -> None:
         follow(self, entry, event)
 
     pipes.Pipes._follow = wrapped  # type: ignore[method-assign]
-    _wrap(pipes.Pipes, "_queue", lambda self, _, entry, commands: [
-        trace(entry.record.id, f"  -> {short(one)}") for one in entry.todo
-    ])  # fmt: skip
+    queue = pipes.Pipes._queue
+
+    def queued(self: Any, entry: Any, commands: Any) -> None:
+        found = list(commands)
+        for one in found:
+            trace.once(f"{type(one).__name__} {getattr(one, 'node', '')}", entry.record.id, f"  -> {short(one)}")
+        queue(self, entry, found)
+
+    pipes.Pipes._queue = queued  # type: ignore[method-assign]
     _wrap(pipes.Pipes, "_client_gone", lambda self, _, pipe: trace(pipe, "the client is gone"))
     _wrap(desk.Desk, "_arm", lambda self, _, seconds: trace.once(f"desk {self.client}", "", f"client has {seconds} s"))
     _wrap(part.Part, "order", lambda self, taken, orders: trace.once(

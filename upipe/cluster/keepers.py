@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import upipe
-from upipe.cluster import keeping, token
+from upipe.cluster import halts, keeping, token
 from upipe.cluster.keeper_line import Line, short_path
 from upipe.cluster.keeping import SPOOL, Fenced, Follow, Hello, Job, KeeperNews
 from upipe.cluster.layout import NodePlan
@@ -65,6 +65,10 @@ class Keeper:
         self._newest: bytes | None = None
         self._task: asyncio.Task[None] | None = None
         self._closed = False
+        self._halt = halts.Halt()
+        self._looking: asyncio.TimerHandle | None = None
+        self._why = ""
+        """Why it was killed."""
 
     # ------------------------------------------------------------------ beginning
 
@@ -234,6 +238,7 @@ class Keeper:
         if self._closed:
             return
         self._closed = True
+        self._look_away()
         if self._task is not None:
             self._task.cancel()
         if self._line is not None:
@@ -285,6 +290,8 @@ class Keeper:
         if self._pidfd < 0:
             self._pidfd = os.pidfd_open(line.pid)
         self._line, self.pid = line, line.pid
+        self._halt = halts.Halt()
+        self._look()
         if self._newest is not None:
             line.say(self._newest)
         self._hello.set_result(None)
@@ -294,9 +301,30 @@ class Keeper:
             self._hello.set_exception(ConnectionResetError(wrong or "it closed the connection"))
         if line is self._line and not self._closed:
             self._line = None
+            self._look_away()
             self._task = asyncio.get_running_loop().create_task(self._lost(wrong))
 
     # ------------------------------------------------------------------ its end
+
+    def _look(self) -> None:
+        """Whether it was stopped: its connection stays then, and it never answers again."""
+        loop = asyncio.get_running_loop()
+        try:
+            state = segment.process_state(self.pid)
+        except OSError:  # no descriptor to be had just now
+            state = "?"
+        if self._halt.look(state, loop.time()):
+            self._why = (
+                f"it was stopped (SIGSTOP) for {halts.GRACE:g} s and is killed, so that what ran here begins elsewhere"
+            )
+            self.kill()
+            return
+        self._looking = loop.call_later(halts.EVERY, self._look)
+
+    def _look_away(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
 
     async def _lost(self, wrong: str) -> None:
         """The connection broke: mostly because the keeper ended."""
@@ -313,7 +341,8 @@ class Keeper:
         if self.news is None or self.news.present:
             segment.sweep()
             asyncio.get_running_loop().call_later(SWEEP, segment.sweep)
-            self._on_lost(f"the keeper of this pipe ended{status}: {self._last_line()}")
+            self._on_lost(self._why or f"the keeper of this pipe ended{status}: {self._last_line()}")
+            self._why = ""
 
     async def _died(self, seconds: float) -> bool:
         """Whether the process ends within that time."""
