@@ -24,6 +24,8 @@ from tests.cluster.hosts import Hosts
 ANYWHERE = ("kill worker", "stop worker", "stop keeper", "kill agent")
 ELSEWHERE = (*ANYWHERE, "end agent", "kill host", "cut", "cut one way", "kill keeper")
 """Faults of hosts that are not spared."""
+DISKS = (*ELSEWHERE, "fill disk")
+"""Where each host has a small disk (hosts_of)."""
 BRIEF = 2.0
 """Seconds that a spared host may be without its agent at most."""
 
@@ -45,10 +47,13 @@ class Fault:
         return f"{self.at:5.1f} s: {self.kind} h{self.host} for {self.seconds:.1f} s"
 
 
-def drawn(seed: int, hosts: int, seconds: float, spared: int = 0, overlap: float = 0.3) -> list[Fault]:
+def drawn(
+    seed: int, hosts: int, seconds: float, spared: int = 0, overlap: float = 0.3, kinds: tuple[str, ...] = ELSEWHERE
+) -> list[Fault]:
     """Faults that begin within `seconds`, in order.
 
     Args:
+        kinds: of hosts that are not spared.
         overlap: share of faults that begin before the one before is mended.
     """
     rng = random.Random(seed)
@@ -56,7 +61,7 @@ def drawn(seed: int, hosts: int, seconds: float, spared: int = 0, overlap: float
     at = 0.5
     while at < seconds:
         host = rng.randrange(hosts)
-        kind = rng.choice(ANYWHERE if host == spared else ELSEWHERE)
+        kind = rng.choice(ANYWHERE if host == spared else kinds)
         longest = BRIEF if host == spared else 10.0
         fault = Fault(at, kind, host, rng.uniform(0.1, longest), rng.random())
         found.append(fault)
@@ -135,6 +140,11 @@ class Faults:
         self.hosts.agents[fault.host].wait(10)
         time.sleep(fault.seconds)
         self.hosts.start_agent(fault.host)
+
+    def _fill_disk(self, fault: Fault) -> None:
+        self.hosts.disks[fault.host].fill()
+        time.sleep(fault.seconds)
+        self.hosts.disks[fault.host].free()
 
     # ------------------------------------------------------------------ cables
 

@@ -27,7 +27,9 @@ from typing import Any
 
 import msgspec
 
+from tests.cluster.disks import SmallDisk
 from tests.cluster.netns import Lan, lan_of
+from tests.cluster.oracle import Sighting
 from upipe.cluster import routes, token
 from upipe.cluster.client import Client, Target
 from upipe.cluster.dealings import Save
@@ -51,16 +53,19 @@ def until(condition: Callable[[], object], seconds: float, what: str | Callable[
 
 
 @contextlib.contextmanager
-def hosts_of(count: int, directory: Path, traced: bool = False) -> Iterator[Hosts]:
+def hosts_of(count: int, directory: Path, traced: bool = False, small_disks: bool = False) -> Iterator[Hosts]:
     """Hosts with one cluster's token, none started; at the end nothing of them is left.
 
     Args:
         traced: agents and programs write what they are told and say into trace-<host> (traced.py). With the agents'
             logs, keepers' directories, ledger and, when it fails, `evidence`, they stay in the directory.
+        small_disks: the data directory of each host is a disk of its own that can be full (Hosts.disks).
     """
     with lan_of(count) as lan:
         hosts = Hosts(lan, directory, traced)
         try:
+            if small_disks:
+                hosts.disks.update({host: SmallDisk(hosts.data(host)) for host in range(count)})
             yield hosts
         except BaseException:
             (directory / "evidence").write_text(hosts.evidence())
@@ -77,6 +82,7 @@ class Hosts:
         self.traced = traced
         self.directory = directory
         self.agents: dict[int, subprocess.Popen[Any]] = {}
+        self.disks: dict[int, SmallDisk] = {}
         self.token = directory / "token"
         self.ledger = directory / "ledger"
         self.ledger.mkdir()
@@ -234,10 +240,22 @@ class Hosts:
 
     def seen(self) -> Counter[int]:
         """The ledger: how often the last stage saw each number."""
-        found: Counter[int] = Counter()
-        for path in self.ledger.iterdir():
-            found.update(int(line) for line in path.read_text().split())
-        return found
+        return Counter(sighting.number for sighting in self.sightings())
+
+    def sightings(self) -> list[Sighting]:
+        """The ledger, in the order of time."""
+        lines = [line.split() for path in self.ledger.iterdir() for line in path.read_text().splitlines()]
+        found = [Sighting(*map(int, words)) for words in lines if len(words) == 4]  # the last may be half written
+        return sorted(found, key=lambda one: one.seen)
+
+    def given_up(self) -> list[str]:
+        """Node ids, each time that one was given up or lost its keeper; of traced hosts. From the records: what counts
+        is that a coordinator evicted it, not what somebody suspected."""
+        found: set[tuple[str, str]] = set()
+        for path in self.directory.glob("trace-*"):
+            for evicted in re.findall(r" -> Save .* evicted \{(.*?)\}", path.read_text()):
+                found.update(re.findall(r"'(\w+)': (\d+)", evicted))
+        return [node for node, _ in sorted(found)]
 
     def processes(self, host: int) -> list[int]:
         """All of a host."""
@@ -285,3 +303,34 @@ class Hosts:
         """Power off all."""
         for host in range(self.lan.hosts):
             self.kill_host(host)
+        for disk in self.disks.values():
+            disk.close()
+
+
+def left(hosts: Hosts) -> list[str]:
+    """What a pipe that has ended left on hosts whose agents live."""
+    found: list[str] = []
+    for host, agent in hosts.agents.items():
+        found += [f"process {pid} on h{host}" for pid in hosts.processes(host) if pid != agent.pid]
+        found += [f"zombie {pid} on h{host}" for pid in zombies(agent.pid)]
+        found += [str(path) for path in hosts.shm(host).glob("*/*") if path.parent.name.split("-")[0] != str(agent.pid)]
+        found += [str(path) for path in hosts.data(host).glob("pipes/*/*.sock")]
+        found += [str(path) for path in hosts.data(host).glob("parts/*")]
+        found += [record(path) for path in hosts.data(host).glob("records/[!.]*") if not path.name.endswith("@ended")]
+    return found
+
+
+def record(path: Path) -> str:
+    """What a record that is left says."""
+    try:
+        saved = msgspec.msgpack.decode(path.read_bytes(), type=Save)
+    except FileNotFoundError:
+        return f"{path}, which is just gone"
+    found = saved.record
+    return f"{path}: {found.state}, {found.fence}, of {found.coordinator} with {found.members}, {saved.promised=}"
+
+
+def zombies(parent: int) -> list[int]:
+    """Children that nobody waited for."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(one) for one in children if ") Z " in Path(f"/proc/{one}/stat").read_text()]
