@@ -174,11 +174,11 @@ def test_the_disk_of_a_node_is_full(tmp_path: Path) -> None:
         program = begin(hosts, f"--until={enough}")
         hosts.disks[1].fill()
         os.kill(keepers(hosts, 1)[0], signal.SIGKILL)  # what it had is to run elsewhere, then here again
-        sentence = "No space left on device"
+        sentence = "No space left on device): make room on that disk"
         until(lambda: sentence in hosts.log(1).read_text(), 20, lambda: f"it says so\n{hosts.told()}")
         arrived(hosts, program, len(hosts.seen()) + 300)
         said = hosts.log(1).read_text()
-        assert said.count(sentence) < 10, said
+        assert said.count(sentence) <= 2, said  # once for each way it failed
         hosts.disks[1].free()
         every_worker_once(hosts, program, 0, 1, 2)
         enough.touch()

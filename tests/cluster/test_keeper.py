@@ -23,6 +23,7 @@ from tests.cluster.keeper_support import HERE, SMALL, Held, chain, drained, gone
 from tests.cluster.test_lanes import seats
 from tests.system.support import stat
 from upipe.cluster import halts, keeper, keepers, keeping
+from upipe.cluster.keeper_line import socket_path
 from upipe.cluster.keeping import Follow, Job
 from upipe.cluster.lanes import Lane, Layout, lay_out, prune, relay
 from upipe.errors import KeeperFailed
@@ -218,7 +219,10 @@ async def test_kill_9_of_the_keeper_leaves_nothing(held: MakeHeld) -> None:
     assert "signal 9" in here.lost[0] and not session.exists() and here.keeper.last_word() is None
     for pid in here.pids:
         await gone(pid)
+    assert not socket_path(here.directory).exists()
+    socket_path(here.directory).touch()  # as when the agent died with it
     assert not await here.agent().find()
+    assert not socket_path(here.directory).exists()
     assert await here.keeper.letters() == []
     await here.start()  # another life
     await here.follow()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -21,10 +22,10 @@ from typing import Any
 
 import upipe
 from upipe.cluster import halts, keeping, token
-from upipe.cluster.keeper_line import Line, short_path
+from upipe.cluster.keeper_line import Line, short_path, socket_path
 from upipe.cluster.keeping import SPOOL, Fenced, Follow, Hello, Job, KeeperNews
 from upipe.cluster.layout import NodePlan
-from upipe.errors import KeeperFailed, MessageInvalid
+from upipe.errors import ClusterError, KeeperFailed, MessageInvalid
 from upipe.memq import segment
 from upipe.runtime import spool
 from upipe.runtime.spool import DeadLetter
@@ -77,6 +78,7 @@ class Keeper:
 
         Raises:
             KeeperFailed: it does not start, or does not answer within START seconds. Nothing runs then.
+            ClusterError: the disk is full.
         """
         if await self.find():
             return
@@ -86,7 +88,10 @@ class Keeper:
             _replace(self.directory / "job", keeping.encode_file(job))
             process = self._spawn()
         except OSError as error:
-            raise KeeperFailed(f"cannot start a keeper in {self.directory}: {error}") from error
+            told = f"cannot start a keeper in {self.directory}: {error}"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ClusterError(f"{told}; make room on that disk") from error  # passes: no reason to fail the pipe
+            raise KeeperFailed(told) from error
         try:
             async with asyncio.timeout(START):
                 while not await self._connect():
@@ -154,13 +159,15 @@ class Keeper:
         return -1
 
     def _lives(self) -> bool:
-        """Whether somebody holds its lock."""
+        """Whether somebody holds its lock. If not, the socket of one that was killed goes: under the lock, since it may
+        be that of a next one a moment later."""
         try:
             fd = os.open(self.directory / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             return False
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            socket_path(self.directory).unlink(missing_ok=True)
             return False
         except BlockingIOError:
             return True
@@ -337,6 +344,7 @@ class Keeper:
             await self._died(REACH)
         status = self._reap()
         self._unwatch()
+        self._lives()  # its socket goes
         self.pid, self._newest = 0, None  # another life shall not begin with a plan of this one
         if self.news is None or self.news.present:
             segment.sweep()

@@ -179,7 +179,7 @@ class Part:
         self._wake.set()
 
     async def _follow_orders(self) -> None:
-        done, failures = (0, 0), 0
+        done, failures, told = (0, 0), 0, ""
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -188,7 +188,7 @@ class Part:
                 continue
             try:
                 await self._follow(orders)
-                done = orders.fence
+                done, told = orders.fence, ""
             except Unfit as error:
                 self._fail(str(error))
                 done = orders.fence
@@ -198,7 +198,9 @@ class Part:
                     failures, done = 0, orders.fence
                     self._failed_often(error)
                     continue
-                log.warning("pipe %s: %s; it is tried again", self.pipe, error)
+                if str(error) != told:  # once: a disk may be full for hours
+                    told = str(error)
+                    log.warning("pipe %s: %s; it is tried again", self.pipe, error)
                 await asyncio.sleep(AGAIN)
                 self._wake.set()
             except Exception as error:  # a bug: said, or the pipe would hang without a word
@@ -237,7 +239,7 @@ class Part:
             if self.orders is not orders:
                 self._wake.set()  # newer ones came; nothing was begun for these
                 return
-        await asyncio.to_thread(replace_file, self._path, msgspec.msgpack.encode(orders))
+        await self._keep(orders)
         if self.lost:
             return  # since just now
         self._ferry = self._ferry or self._means.ferry(self.pipe, self._dirty.set)
@@ -253,8 +255,16 @@ class Part:
         if self.news is not None and self.news.fence == orders.fence:
             self._on_news(self.news)  # a keeper that was found again follows it already, and said so before we listened
 
+    async def _keep(self, orders: wire.Orders) -> None:
+        """On disk. Without it nothing is done: the next agent would follow older ones."""
+        try:
+            await asyncio.to_thread(replace_file, self._path, msgspec.msgpack.encode(orders))
+        except OSError as error:
+            why = f"its orders cannot be written to {self._path} and wait ({error.strerror}): make room on that disk"
+            raise ClusterError(why) from error
+
     async def _end(self, orders: wire.Orders) -> None:
-        await asyncio.to_thread(replace_file, self._path, msgspec.msgpack.encode(orders))
+        await self._keep(orders)
         self._release()
         if not self._gone and self._keeper is not None:
             await self._means.keep_letters(self.pipe, await self._keeper.letters())  # they go with the keeper

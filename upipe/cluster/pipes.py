@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from upipe.cluster import wire
+from upipe.cluster import backlog, wire
 from upipe.cluster.address import Address
 from upipe.cluster.ballot import MEMBER
 from upipe.cluster.dealings import (
@@ -182,6 +182,8 @@ class Pipes:
 
     def _queue(self, entry: Entry, commands: Iterable[Command]) -> None:
         entry.todo.extend(commands)
+        if len(entry.todo) > backlog.MOST:  # the disk has been full for a while
+            entry.todo = deque(backlog.shortened(entry.todo))
         if entry.todo and not entry.working:
             entry.working = True
             self._errands.run(self._work(entry), f"pipe {entry.record.id}")
@@ -302,7 +304,8 @@ class Pipes:
                 return
             except OSError as error:
                 if not failed:
-                    log.error("the record of pipe %s cannot be written, and it waits: %s", saved.record.id, error)
+                    log.error("the record of pipe %s cannot be written, and it waits: %s (make room on the disk of %s)",
+                              saved.record.id, error, self._ledger.directory)  # fmt: skip
                 failed = True
             await asyncio.sleep(SAVE_AGAIN)
 
