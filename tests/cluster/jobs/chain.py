@@ -50,7 +50,7 @@ def place(label, **more):
 async def main(arguments):
     pipe = Pipe("chain")
     pipe.chain(
-        Processor("numbers", numbers, config=arguments, resume=True, place=place(arguments.source)),
+        Processor("numbers", numbers, config=arguments, resume=True, place=place(arguments.source, apart=arguments.apart)),
         Processor("work", work, workers=arguments.work, place=Place(how="spread")),
         Processor("record", Record, place=place(arguments.sink)),
     )
@@ -69,5 +69,6 @@ if __name__ == "__main__":
     parser.add_argument("--rate", type=float, default=400.0)
     parser.add_argument("--work", type=int, default=6)
     parser.add_argument("--source", default="")
+    parser.add_argument("--apart", default=(), type=lambda word: (word,), help="from what the source runs")
     parser.add_argument("--sink", default="")
     asyncio.run(main(parser.parse_args()))
