@@ -49,8 +49,9 @@ def place(label, **more):
 
 async def main(arguments):
     pipe = Pipe("chain")
+    where = place(arguments.source, apart=arguments.apart)
     pipe.chain(
-        Processor("numbers", numbers, config=arguments, resume=True, place=place(arguments.source, apart=arguments.apart)),
+        Processor("numbers", numbers, config=arguments, resume=True, place=where),
         Processor("work", work, workers=arguments.work, place=Place(how="spread")),
         Processor("record", Record, place=place(arguments.sink)),
     )
