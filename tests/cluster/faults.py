@@ -4,7 +4,8 @@
     Faults(hosts).run(plan)                                             does them in time, and waits for the last end
 
 The spared host holds what only it has (the source, the submitting process): its agent may die and its workers may be
-stopped, but it never dies as a whole, and is never away for as long as it takes to be called dead.
+stopped, but it never dies as a whole, and is never away for as long as it takes to be called dead - unless the machine
+is slow, since the start of an agent comes on top. Then its source begins anew, and the oracle has to see why.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -72,8 +74,12 @@ def drawn(
 class Faults:
     """Does faults to hosts. A host has one at a time: what comes while another one lasts waits for its end."""
 
-    def __init__(self, hosts: Hosts, tell: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, hosts: Hosts, tell: Callable[[str], None] = print, program: subprocess.Popen[str] | None = None
+    ) -> None:
         self.hosts = hosts
+        self.program = program
+        """That submitted the pipe; for "kill program"."""
         self._tell = tell
         self._locks = [threading.Lock() for _ in range(hosts.lan.hosts)]
         self._began = 0.0
@@ -124,6 +130,11 @@ class Faults:
     def _kill_keeper(self, fault: Fault) -> None:
         for pid in keepers(self.hosts, fault.host):
             _signal(pid, signal.SIGKILL)
+
+    def _kill_program(self, fault: Fault) -> None:
+        assert self.program is not None
+        self.program.kill()
+        self.program.wait(10)
 
     def _kill_agent(self, fault: Fault) -> None:
         self.hosts.kill_agent(fault.host)

@@ -4,7 +4,8 @@ The oracle is the ledger outside uPipe. What must hold for every seed:
   - no number is missing, none is seen twice without a death that explains it, and no two copies of the source send
     (oracle.py); the pipe completes by itself, with balanced books;
   - once all is mended, while it still runs, every worker runs exactly once, over all hosts;
-  - at the end nothing of it is left: no process, no shared memory, no socket, no orders.
+  - at the end nothing of it is left: no process, no shared memory, no socket, no orders. So it is, too, some time after
+    the process that submitted it was killed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tests.cluster.faults import DISKS, ELSEWHERE, Fault, Faults, drawn
 from tests.cluster.hosts import Hosts, hosts_of, left, until
 from tests.cluster.oracle import Losses, wrong
 from tests.cluster.traced import stamp
+from upipe.cluster.desk import SILENT
 
 pytestmark = pytest.mark.timeout(400)
 LONG = os.environ.get("UPIPE_LONG") == "1"
@@ -28,6 +30,8 @@ FULL_DISKS = 40
 """Seeds from here on fill disks, too."""
 WANDERING = range(2, 60, 3)
 """Seeds whose source runs on a host that may be cut off or die, and then begins anew on another one."""
+ORPHANED = range(3, 60, 7)
+"""Seeds in whose middle the submitting process is killed."""
 SECONDS, WORK = (30.0, 6) if LONG else (12.0, 6)
 
 
@@ -46,7 +50,13 @@ def test_a_pipe_survives_whatever_happens_to_its_hosts(seed: int, tmp_path: Path
         where = ("--sink=h0", "--apart=record") if seed in WANDERING else ("--source=h0",)
         program = hosts.submit(0, "chain.py", f"--until={flag}", "--rate=200", *where, f"--work={WORK}")
         until(lambda: program.poll() is not None or len(hosts.seen()) >= 100, 60, "it begins")
-        Faults(hosts, tell).run(plan)
+        if seed in ORPHANED:
+            plan = sorted([*plan, Fault(SECONDS / 2, "kill program", 0, 0.0, 0.0)], key=lambda fault: fault.at)
+        Faults(hosts, tell, program).run(plan)
+        if seed in ORPHANED:
+            hosts.wait_for_members(30)
+            until(lambda: not left(hosts), SILENT + 30, lambda: f"it ends: {left(hosts)}\n{hosts.told()}")
+            return
         assert program.poll() is None, hosts.result(program)
         hosts.wait_for_members(30)
         wanted = {"numbers#0", "record#0", *(f"work#{index}" for index in range(WORK))}
