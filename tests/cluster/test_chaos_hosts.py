@@ -30,7 +30,7 @@ FULL_DISKS = 40
 """Seeds from here on fill disks, too."""
 WANDERING = range(2, 60, 3)
 """Seeds whose source runs on a host that may be cut off or die, and then begins anew on another one."""
-ORPHANED = range(3, 60, 7)
+ORPHANED = range(4, 60, 7)
 """Seeds in whose middle the submitting process is killed."""
 SECONDS, WORK = (30.0, 6) if LONG else (12.0, 6)
 
