@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster.hosts import Hosts
+from tests.cluster.hosts import Hosts, until
 
 ANYWHERE = ("kill worker", "stop worker", "stop keeper", "kill agent")
 ELSEWHERE = (*ANYWHERE, "end agent", "kill host", "cut", "cut one way", "kill keeper")
@@ -153,6 +153,7 @@ class Faults:
         self.hosts.start_agent(fault.host)
 
     def _fill_disk(self, fault: Fault) -> None:
+        until(lambda: self.hosts.living(fault.host), 60, "the agent has begun: with a full disk it would refuse to")
         self.hosts.disks[fault.host].fill()
         time.sleep(fault.seconds)
         self.hosts.disks[fault.host].free()

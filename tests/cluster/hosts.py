@@ -136,7 +136,7 @@ class Hosts:
         """Of its agent."""
         return (self.data(host) / "node_id").read_text().strip()
 
-    def wait_for_members(self, seconds: float = 15.0) -> float:
+    def wait_for_members(self, seconds: float = 60.0) -> float:
         """Until every agent that runs holds all that run alive."""
         running = [host for host, agent in self.agents.items() if agent.poll() is None]
 
