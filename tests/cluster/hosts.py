@@ -27,7 +27,9 @@ from typing import Any
 
 import msgspec
 
+from tests.cluster.disks import SmallDisk
 from tests.cluster.netns import Lan, lan_of
+from tests.cluster.oracle import Sighting
 from upipe.cluster import routes, token
 from upipe.cluster.client import Client, Target
 from upipe.cluster.dealings import Save
@@ -51,12 +53,23 @@ def until(condition: Callable[[], object], seconds: float, what: str | Callable[
 
 
 @contextlib.contextmanager
-def hosts_of(count: int, directory: Path) -> Iterator[Hosts]:
-    """Hosts with one cluster's token, none started; at the end nothing of them is left."""
+def hosts_of(count: int, directory: Path, traced: bool = False, small_disks: bool = False) -> Iterator[Hosts]:
+    """Hosts with one cluster's token, none started; at the end nothing of them is left.
+
+    Args:
+        traced: agents and programs write what they are told and say into trace-<host> (traced.py). With the agents'
+            logs, keepers' directories, ledger and, when it fails, `evidence`, they stay in the directory.
+        small_disks: the data directory of each host is a disk of its own that can be full (Hosts.disks).
+    """
     with lan_of(count) as lan:
-        hosts = Hosts(lan, directory)
+        hosts = Hosts(lan, directory, traced)
         try:
+            if small_disks:
+                hosts.disks.update({host: SmallDisk(hosts.data(host)) for host in range(count)})
             yield hosts
+        except BaseException:
+            (directory / "evidence").write_text(hosts.evidence())
+            raise
         finally:
             hosts.close()
 
@@ -64,10 +77,12 @@ def hosts_of(count: int, directory: Path) -> Iterator[Hosts]:
 class Hosts:
     """See above. Host i is labelled host=h<i>; the directory must be short enough for Unix sockets below it."""
 
-    def __init__(self, lan: Lan, directory: Path) -> None:
+    def __init__(self, lan: Lan, directory: Path, traced: bool = False) -> None:
         self.lan = lan
+        self.traced = traced
         self.directory = directory
         self.agents: dict[int, subprocess.Popen[Any]] = {}
+        self.disks: dict[int, SmallDisk] = {}
         self.token = directory / "token"
         self.ledger = directory / "ledger"
         self.ledger.mkdir()
@@ -97,10 +112,17 @@ class Hosts:
         """Start one; it keeps its data directory."""
         with open(self.log(host), "ab") as log:
             self.agents[host] = self.lan.popen(
-                host, sys.executable, "-m", "upipe.cli.node", "--cluster", "test", "--host", "0.0.0.0",
+                host, sys.executable, "-m", *self._traced(host, "node", ["upipe.cli.node"]),
+                "--cluster", "test", "--host", "0.0.0.0",
                 "--data-dir", str(self.data(host)), "--labels", f"host=h{host}", *options,
                 env=self.environment(host), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             )  # fmt: skip
+
+    def _traced(self, host: int, what: str, command: list[str]) -> list[str]:
+        if not self.traced:
+            return command
+        more = command if what == "program" else []
+        return ["tests.cluster.traced", str(self.directory / f"trace-h{host}"), what, *more]
 
     def data(self, host: int) -> Path:
         """Its data directory."""
@@ -114,7 +136,7 @@ class Hosts:
         """Of its agent."""
         return (self.data(host) / "node_id").read_text().strip()
 
-    def wait_for_members(self, seconds: float = 15.0) -> float:
+    def wait_for_members(self, seconds: float = 60.0) -> float:
         """Until every agent that runs holds all that run alive."""
         running = [host for host, agent in self.agents.items() if agent.poll() is None]
 
@@ -144,8 +166,11 @@ class Hosts:
 
     def submit(self, host: int, job: str, *arguments: str) -> subprocess.Popen[str]:
         """Start a program of tests/cluster/jobs there; its output is text in pipes."""
+        command = [str(JOBS / job)]
+        if self.traced:
+            command = ["-m", *self._traced(host, "program", command)]
         return self.lan.popen(
-            host, sys.executable, str(JOBS / job), *arguments, env=self.environment(host), text=True,
+            host, sys.executable, *command, *arguments, env=self.environment(host), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, cwd=self.directory,
         )  # fmt: skip
 
@@ -198,12 +223,39 @@ class Hosts:
                 told.append(f"keeper: {said and (said.fence, said.present, said.left, said.ended, said.workers)}")
         return "\n".join([*told, self.told()])
 
+    def evidence(self) -> str:
+        """What can be known of all hosts now, and is not in files that stay."""
+        told = []
+        for host in range(self.lan.hosts):
+            told += [f"--- processes and shared memory of h{host}"]
+            for pid in self.processes(host):
+                with contextlib.suppress(OSError):
+                    words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    told.append(f"{Path(f'/proc/{pid}/stat').read_text()[:60]} | {words[:200]}")
+            told += [str(path) for path in self.shm(host).glob("*/*")]
+        try:
+            return "\n".join([*told, self.state()])
+        except Exception as error:  # the failure that it shall explain counts
+            return "\n".join([*told, f"no state: {error!r}", self.told()])
+
     def seen(self) -> Counter[int]:
         """The ledger: how often the last stage saw each number."""
-        found: Counter[int] = Counter()
-        for path in self.ledger.iterdir():
-            found.update(int(line) for line in path.read_text().split())
-        return found
+        return Counter(sighting.number for sighting in self.sightings())
+
+    def sightings(self) -> list[Sighting]:
+        """The ledger, in the order of time."""
+        lines = [line.split() for path in self.ledger.iterdir() for line in path.read_text().splitlines()]
+        found = [Sighting(*map(int, words)) for words in lines if len(words) == 4]  # the last may be half written
+        return sorted(found, key=lambda one: one.seen)
+
+    def given_up(self) -> list[str]:
+        """Node ids, each time that one was given up or lost its keeper; of traced hosts. From the records: what counts
+        is that a coordinator evicted it, not what somebody suspected."""
+        found: set[tuple[str, str]] = set()
+        for path in self.directory.glob("trace-*"):
+            for evicted in re.findall(r" -> Save .* evicted \{(.*?)\}", path.read_text()):
+                found.update(re.findall(r"'(\w+)': (\d+)", evicted))
+        return [node for node, _ in sorted(found)]
 
     def processes(self, host: int) -> list[int]:
         """All of a host."""
@@ -250,3 +302,34 @@ class Hosts:
         """Power off all."""
         for host in range(self.lan.hosts):
             self.kill_host(host)
+        for disk in self.disks.values():
+            disk.close()
+
+
+def left(hosts: Hosts) -> list[str]:
+    """What a pipe that has ended left on hosts whose agents live."""
+    found: list[str] = []
+    for host, agent in hosts.agents.items():
+        found += [f"process {pid} on h{host}" for pid in hosts.processes(host) if pid != agent.pid]
+        found += [f"zombie {pid} on h{host}" for pid in zombies(agent.pid)]
+        found += [str(path) for path in hosts.shm(host).glob("*/*") if path.parent.name.split("-")[0] != str(agent.pid)]
+        found += [str(path) for path in hosts.data(host).glob("pipes/*/*.sock")]
+        found += [str(path) for path in hosts.data(host).glob("parts/*")]
+        found += [record(path) for path in hosts.data(host).glob("records/[!.]*") if not path.name.endswith("@ended")]
+    return found
+
+
+def record(path: Path) -> str:
+    """What a record that is left says."""
+    try:
+        saved = msgspec.msgpack.decode(path.read_bytes(), type=Save)
+    except FileNotFoundError:
+        return f"{path}, which is just gone"
+    found = saved.record
+    return f"{path}: {found.state}, {found.fence}, of {found.coordinator} with {found.members}, {saved.promised=}"
+
+
+def zombies(parent: int) -> list[int]:
+    """Children that nobody waited for."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(one) for one in children if ") Z " in Path(f"/proc/{one}/stat").read_text()]

@@ -51,7 +51,6 @@ def test_what_has_ended_stays_so() -> None:
 
 def test_the_others_are_asked_in_turn_and_a_round_for_nothing_is_followed_by_a_pause() -> None:
     one = Attending(CLIENT, ("a", "b", "c"))
-    one.answered("a", news(4))
     asked, pauses = [], []
     for _ in range(6):
         node = one.poll(None).node
@@ -62,6 +61,21 @@ def test_the_others_are_asked_in_turn_and_a_round_for_nothing_is_followed_by_a_p
     assert pauses[5] > pauses[2]  # type: ignore[operator]
     one.answered("a", news(1))
     assert one.failed("b", "", "late", 2.0) == 0.0 and one.poll(None).node == "a"  # not the one that is asked
+
+
+def test_who_coordinated_last_is_asked_between_any_two_others() -> None:
+    """Or many others that are cut off would take longer than it waits for this process."""
+    one = Attending(CLIENT, "abcdefghij")
+    one.answered("a", news(4))
+    asked, pauses = [], []
+    for _ in range(36):
+        asked.append(one.poll(None).node)
+        pauses.append(one.failed(asked[-1], "", "cut off", 1.0))
+    assert asked[::2] == ["a"] * 18 and asked[1::2] == [*"bcdefghij"] * 2
+    assert [number for number, pause in enumerate(pauses) if pause] == [17, 35], "a pause after each round"
+    one.answered("d", news(5))
+    assert one.failed(one.poll(None).node, "", "", 2.0) == 0.0
+    assert one._last == "d"
 
 
 def test_it_gives_up_when_nobody_coordinates_for_long() -> None:
@@ -128,4 +142,4 @@ def test_who_may_not_coordinate_is_asked_briefly() -> None:
     attending.failed("1", "", "it is gone", 0.0)
     assert attending.poll(None).node == "2" and attending.poll(None).attendance.patience == 0.0
     assert attending.margin == attending_module.SEARCHING
-    assert desk.BROKEN > 2 * 3 * attending_module.SEARCHING, "two nodes with three addresses each"
+    assert desk.BROKEN > 2 * 3 * attending_module.SEARCHING, "another one and itself, with three addresses each"

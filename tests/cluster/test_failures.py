@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.hosts import Hosts, hosts_of, until
+from tests.cluster.faults import keepers
+from tests.cluster.hosts import Hosts, hosts_of, left, until
+from tests.cluster.oracle import ON_ITS_WAY
+from upipe.cluster.desk import BROKEN
 
 pytestmark = pytest.mark.timeout(240)
 COUNT, RATE, WORK = 2400, 300.0, 6
 ONE_EACH = 2
 """Numbers seen again after two workers were killed: each held one, whose result may have gone out before."""
-ON_ITS_WAY = 30
-"""After a host was lost: numbers whose results had left it and which it had not told as finished; a tenth of a second's
-worth. (What it had taken and not passed on is not seen twice.)"""
 
 
 @pytest.fixture
@@ -154,3 +154,33 @@ def test_all_agents_are_restarted_one_after_another(hosts: Hosts) -> None:
         hosts.start_agent(host)
         hosts.wait_for_members(30)
     complete(hosts, program, again=ON_ITS_WAY)
+
+
+def test_the_submitting_process_is_killed(hosts: Hosts) -> None:
+    """Its pipe ends everywhere BROKEN seconds later, and leaves nothing: it is nobody's any more."""
+    program = begin(hosts, f"--until={hosts.directory / 'never'}")
+    program.kill()
+    program.wait(10)
+    took = until(lambda: not left(hosts), BROKEN + 30, lambda: f"it ends: {left(hosts)}\n{hosts.told()}")
+    assert took > BROKEN / 2
+    assert "the process that submitted it is gone" in "".join(hosts.log(host).read_text() for host in range(3))
+
+
+def test_the_disk_of_a_node_is_full(tmp_path: Path) -> None:
+    """It says so, and what it has to write waits; the others go on, and with room it follows."""
+    with hosts_of(3, tmp_path, small_disks=True) as hosts:
+        hosts.start()
+        enough = tmp_path / "enough"
+        program = begin(hosts, f"--until={enough}")
+        hosts.disks[1].fill()
+        os.kill(keepers(hosts, 1)[0], signal.SIGKILL)  # what it had is to run elsewhere, then here again
+        sentence = "No space left on device): make room on that disk"
+        until(lambda: sentence in hosts.log(1).read_text(), 20, lambda: f"it says so\n{hosts.told()}")
+        arrived(hosts, program, len(hosts.seen()) + 300)
+        said = hosts.log(1).read_text()
+        assert said.count(sentence) <= 2, said  # once for each way it failed
+        hosts.disks[1].free()
+        every_worker_once(hosts, program, 0, 1, 2)
+        enough.touch()
+        complete(hosts, program, again=ON_ITS_WAY)
+        until(lambda: not left(hosts), 20, lambda: f"nothing is left: {left(hosts)}")

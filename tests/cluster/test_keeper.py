@@ -22,7 +22,8 @@ import pytest
 from tests.cluster.keeper_support import HERE, SMALL, Held, chain, drained, gone, one
 from tests.cluster.test_lanes import seats
 from tests.system.support import stat
-from upipe.cluster import keeper, keepers, keeping
+from upipe.cluster import halts, keeper, keepers, keeping
+from upipe.cluster.keeper_line import socket_path
 from upipe.cluster.keeping import Follow, Job
 from upipe.cluster.lanes import Lane, Layout, lay_out, prune, relay
 from upipe.errors import KeeperFailed
@@ -218,11 +219,42 @@ async def test_kill_9_of_the_keeper_leaves_nothing(held: MakeHeld) -> None:
     assert "signal 9" in here.lost[0] and not session.exists() and here.keeper.last_word() is None
     for pid in here.pids:
         await gone(pid)
+    assert not socket_path(here.directory).exists()
+    socket_path(here.directory).touch()  # as when the agent died with it
     assert not await here.agent().find()
+    assert not socket_path(here.directory).exists()
     assert await here.keeper.letters() == []
     await here.start()  # another life
     await here.follow()
     await here.stop()
+
+
+async def test_a_keeper_that_stays_stopped_is_killed_and_counts_as_lost(
+    held: MakeHeld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(halts, "EVERY", 0.05)
+    monkeypatch.setattr(halts, "GRACE", 0.5)
+    here = held(chain(one("a", "source"), one("b")), a=endless, b=slow)
+    await running(here)
+    os.kill(here.keeper.pid, signal.SIGSTOP)
+    await until(lambda: here.lost)
+    assert "stopped (SIGSTOP) for 0.5 s and is killed" in here.lost[0]
+    for pid in here.pids:
+        await gone(pid)
+
+
+async def test_a_keeper_that_was_stopped_and_goes_on_in_time_is_left_alone(
+    held: MakeHeld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(halts, "EVERY", 0.02)
+    here = held(chain(one("a", "source"), one("b")), a=endless, b=slow)
+    await running(here)
+    os.kill(here.keeper.pid, signal.SIGSTOP)
+    await until(lambda: here.keeper._halt._since is not None)  # it was seen
+    os.kill(here.keeper.pid, signal.SIGCONT)
+    await until(lambda: here.keeper._halt._since is None)
+    await here.stop()
+    assert here.lost == []
 
 
 async def test_sigterm_ends_all_and_counts_as_a_loss(held: MakeHeld) -> None:

@@ -97,6 +97,15 @@ def test_only_closed_and_empty_lanes_are_removed_and_no_reader_is_left_without_a
     assert ends(prune(alone, [lane.name for lane in alone.lanes]), "e0-a-b") == ends(alone, "e0-a-b")
 
 
+def test_a_reader_that_is_seated_while_nobody_writes_waits_at_a_queue_of_its_own() -> None:
+    before = lay_out(AB, seats(a="11", b="1-"), CLIENT)
+    lost = relay(AB, before, seats(a="--", b="23"), ["1"])
+    assert ends(lost, "e0-a-b") == [("2", "2", False), ("3", "3", False)]  # or they would see the end of the stream
+    assert ends(prune(lost, [lane.name for lane in lost.lanes]), "e0-a-b") == ends(lost, "e0-a-b")
+    back = relay(AB, lost, seats(a="11", b="23"))
+    assert ends(prune(back, [lane.name for lane in back.lanes]), "e0-a-b") == [("1", "2", True), ("1", "3", True)]
+
+
 def test_without_its_client_a_pipe_takes_nothing_in_and_keeps_what_was_emitted() -> None:
     spec = PipeSpec("p", (one("a"),))
     before = lay_out(spec, seats(a="1"), CLIENT)
@@ -145,6 +154,9 @@ def check(spec: PipeSpec, laid: Layout) -> None:
             else:
                 able = {laid.client} if stream.target == PIPE else set(where.nodes(stream.target))
                 assert sorted(lane.reader for lane in mine) == sorted(able or {""})
+        if PIPE not in (stream.source, stream.target):
+            readers = {node for node in where.seats[stream.target] if node}
+            assert readers <= {lane.reader for lane in lanes}, "a worker without input sees the end"
         for lane in lanes:
             assert lane.home
             assert not lane.open or lane.home in writers

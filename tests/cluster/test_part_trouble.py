@@ -240,3 +240,25 @@ async def test_reports_that_an_old_coordinator_refuses_go_to_its_successor(part:
     means(part).refuse, means(part).follows = NodeRefused(OTHER, 409, "not_coordinator", "no"), successor
     means(part).keepers[-1].news(KeeperNews(fence=(1, 1), up=True))
     await until(lambda: means(part).reports[-1][0] == successor)
+
+
+async def test_a_full_disk_is_said_once_and_orders_wait_for_room(
+    part: Part, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = asyncio.Event()
+    write, tries = parts.replace_file, []
+
+    def full(path: Path, data: bytes) -> None:
+        tries.append(path)
+        if len(tries) > 5:
+            part._loop.call_soon_threadsafe(tried.set)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parts, "replace_file", full)
+    part.order(orders(1, 1))
+    await tried.wait()
+    said = [one.getMessage() for one in caplog.records if "No space left" in one.getMessage()]
+    assert len(said) == 1 and str(tries[0]) in said[0] and "make room on that disk" in said[0]
+    assert not means(part).keepers and not part.failed, "nothing is done for orders that are not on disk"
+    monkeypatch.setattr(parts, "replace_file", write)
+    await until(lambda: means(part).keepers and means(part).keepers[0].told)

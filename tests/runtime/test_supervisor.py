@@ -229,6 +229,15 @@ def test_a_worker_that_continues_within_the_grace_is_left_alone() -> None:
     assert machine.handle(ev.Tick(), 7.0) == []
 
 
+def test_a_supervisor_that_was_stopped_itself_gives_a_stopped_worker_its_time_again() -> None:
+    machine = chain(stopped_grace=1.0)
+    run(machine)
+    machine.handle(ev.Paused("work#0", True), 5.0)
+    assert machine.handle(ev.Tick(), 60.0) == []
+    assert machine.deadline() == 61.0
+    assert machine.handle(ev.Tick(), 61.0) == [ev.KillWorker("work#0")]
+
+
 @pytest.mark.parametrize("kind", ["driver", "source", "entry"])
 def test_drain_asks_roots_that_drive_themselves(kind: str) -> None:
     machine = make(one("root", kind, entry="x" if kind == "entry" else ""), one("end"), edges=(("root", "end"),))

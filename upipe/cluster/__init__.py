@@ -24,11 +24,12 @@ Which worker runs where
     placement.py     which worker on which node (pure)     room.py         nodes that fill (pure)
     sizes.py         memory of queues (pure)               offers.py       what a node offers to a pipe (pure)
     lanes.py         queues between nodes (pure)           layout.py       what one node does (pure)
-    desk.py          where the submitting process is served
+    desk.py          where the submitting process is served    backlog.py  what waits for a full disk (pure)
 A pipe on a node
     parts.py         all parts of pipes here               part.py         one: keeper, ferry, reports
     store.py         contents by SHA-256                   fitting.py      does this node fit what a pipe brings?
     keepers.py       the agent's end of a keeper           keeping.py      what the two say to each other
+    halts.py         is a stopped one killed? (pure)
     keeper_line.py   their connection                      last_letters.py dead letters of ended pipes
     keeper.py        the process with queues and workers   keeper_runner.py   it follows plans
     keeper_queues.py its queues                            keeper_supervisor.py  decides for its workers (pure)

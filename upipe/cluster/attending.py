@@ -5,7 +5,8 @@ is for it, and finds another coordinator when that is gone.
     answered(news)    what to do                            Follow, Tell
     failed(code)      how long to wait before the next poll, or GiveUp
 
-Any member of the pipe may come to coordinate it, so all that were ever named are asked in turn. Meanwhile data goes on.
+Any member of the pipe may come to coordinate it, so all that were ever named are asked in turn, and the one that did
+last between any two of them. Meanwhile data goes on.
 """
 
 from __future__ import annotations
@@ -76,6 +77,9 @@ class Attending:
         self.told: TellClient | None = None
         self._failures = 0
         """In a row."""
+        self._last = ""
+        """Who coordinated last. It is asked between any two others: when it still does, it counts the seconds for which
+        it hears nothing (desk.BROKEN), and many others may be cut off, each of which takes seconds to find out."""
         self._strangers: set[str] = set()
         """Nodes that know nothing of the pipe, since one last answered."""
         self._lost_since: float | None = None
@@ -106,7 +110,7 @@ class Attending:
         ended stays so."""
         if node == self.nodes[0]:
             self.heard = news.number
-        self._failures, self._lost_since = 0, None
+        self._failures, self._lost_since, self._last = 0, None, node
         self._strangers.clear()
         self.nodes += [one for one in news.nodes if one not in self.nodes]
         found: list[Follow | Tell] = []
@@ -137,6 +141,12 @@ class Attending:
         if now - self._lost_since > LOST:
             return GiveUp(f"no node has coordinated the pipe for {LOST:g} s; the last one that was asked: {self._why}")
         self.nodes.append(self.nodes.pop(0))
+        turns = len(self.nodes)
+        if self._last in self.nodes:
+            turns = max(1, 2 * turns - 2)
+            if node != self._last:
+                self.nodes.remove(self._last)
+                self.nodes.insert(0, self._last)
         self.heard = 0
-        rounds, rest = divmod(self._failures, len(self.nodes))
+        rounds, rest = divmod(self._failures, turns)
         return 0.0 if rest else min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(rounds - 1, 16))

@@ -16,7 +16,7 @@ SILENT = 45.0
 """Seconds: twice the longest patience of a poll, and a bit. Longer bears a longer cut and keeps workers of the dead."""
 BROKEN = 15.0
 """Seconds to come back after a broken connection: a process that died closes its connections at once. Longer than a
-living one needs to ask two nodes that are cut off before it comes back (attending.SEARCHING, for each address)."""
+living one needs to ask another node that is cut off before it comes back (attending.SEARCHING, for each address)."""
 SLICE = 0.5
 """Seconds between two looks whether the connection of a waiting poll is still there."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -20,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import upipe
-from upipe.cluster import keeping, token
-from upipe.cluster.keeper_line import Line, short_path
+from upipe.cluster import halts, keeping, token
+from upipe.cluster.keeper_line import Line, short_path, socket_path
 from upipe.cluster.keeping import SPOOL, Fenced, Follow, Hello, Job, KeeperNews
 from upipe.cluster.layout import NodePlan
-from upipe.errors import KeeperFailed, MessageInvalid
+from upipe.errors import ClusterError, KeeperFailed, MessageInvalid
 from upipe.memq import segment
 from upipe.runtime import spool
 from upipe.runtime.spool import DeadLetter
@@ -65,6 +66,10 @@ class Keeper:
         self._newest: bytes | None = None
         self._task: asyncio.Task[None] | None = None
         self._closed = False
+        self._halt = halts.Halt()
+        self._looking: asyncio.TimerHandle | None = None
+        self._why = ""
+        """Why it was killed."""
 
     # ------------------------------------------------------------------ beginning
 
@@ -73,6 +78,7 @@ class Keeper:
 
         Raises:
             KeeperFailed: it does not start, or does not answer within START seconds. Nothing runs then.
+            ClusterError: the disk is full.
         """
         if await self.find():
             return
@@ -82,7 +88,10 @@ class Keeper:
             _replace(self.directory / "job", keeping.encode_file(job))
             process = self._spawn()
         except OSError as error:
-            raise KeeperFailed(f"cannot start a keeper in {self.directory}: {error}") from error
+            told = f"cannot start a keeper in {self.directory}: {error}"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ClusterError(f"{told}; make room on that disk") from error  # passes: no reason to fail the pipe
+            raise KeeperFailed(told) from error
         try:
             async with asyncio.timeout(START):
                 while not await self._connect():
@@ -150,13 +159,15 @@ class Keeper:
         return -1
 
     def _lives(self) -> bool:
-        """Whether somebody holds its lock."""
+        """Whether somebody holds its lock. If not, the socket of one that was killed goes: under the lock, since it may
+        be that of a next one a moment later."""
         try:
             fd = os.open(self.directory / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             return False
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            socket_path(self.directory).unlink(missing_ok=True)
             return False
         except BlockingIOError:
             return True
@@ -234,6 +245,7 @@ class Keeper:
         if self._closed:
             return
         self._closed = True
+        self._look_away()
         if self._task is not None:
             self._task.cancel()
         if self._line is not None:
@@ -285,6 +297,8 @@ class Keeper:
         if self._pidfd < 0:
             self._pidfd = os.pidfd_open(line.pid)
         self._line, self.pid = line, line.pid
+        self._halt = halts.Halt()
+        self._look()
         if self._newest is not None:
             line.say(self._newest)
         self._hello.set_result(None)
@@ -294,9 +308,30 @@ class Keeper:
             self._hello.set_exception(ConnectionResetError(wrong or "it closed the connection"))
         if line is self._line and not self._closed:
             self._line = None
+            self._look_away()
             self._task = asyncio.get_running_loop().create_task(self._lost(wrong))
 
     # ------------------------------------------------------------------ its end
+
+    def _look(self) -> None:
+        """Whether it was stopped: its connection stays then, and it never answers again."""
+        loop = asyncio.get_running_loop()
+        try:
+            state = segment.process_state(self.pid)
+        except OSError:  # no descriptor to be had just now
+            state = "?"
+        if self._halt.look(state, loop.time()):
+            self._why = (
+                f"it was stopped (SIGSTOP) for {halts.GRACE:g} s and is killed, so that what ran here begins elsewhere"
+            )
+            self.kill()
+            return
+        self._looking = loop.call_later(halts.EVERY, self._look)
+
+    def _look_away(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
 
     async def _lost(self, wrong: str) -> None:
         """The connection broke: mostly because the keeper ended."""
@@ -309,11 +344,13 @@ class Keeper:
             await self._died(REACH)
         status = self._reap()
         self._unwatch()
+        self._lives()  # its socket goes
         self.pid, self._newest = 0, None  # another life shall not begin with a plan of this one
         if self.news is None or self.news.present:
             segment.sweep()
             asyncio.get_running_loop().call_later(SWEEP, segment.sweep)
-            self._on_lost(f"the keeper of this pipe ended{status}: {self._last_line()}")
+            self._on_lost(self._why or f"the keeper of this pipe ended{status}: {self._last_line()}")
+            self._why = ""
 
     async def _died(self, seconds: float) -> bool:
         """Whether the process ends within that time."""

@@ -16,6 +16,8 @@ What happens to them, always with nothing lost and nothing read twice by the liv
     node 1 is lost                  its sink copy is all there is: home becomes the reader (r1 -> 2 -> 2), closed
     both ends are lost              the lane is gone; upstream nodes send again what 1 had not finished
     closed and empty                it is removed, unless its reader would be left without a queue of the edge
+    nobody writes (a is seated      a reader without any queue gets one of its own, closed and empty: a worker that has
+    nowhere just now)               no input sees the end of its stream, and would never be run again
 
 End of stream: every home queue has a producer more than its workers, the HOLD. It is closed for all lanes of an edge
 at once, when every worker before it has ended and every lane is empty. Until then no reader sees the end, whoever
@@ -122,6 +124,9 @@ def relay(spec: PipeSpec, old: Layout, placement: Placement, gone: Iterable[str]
         for home, partition, reader in _wanted(stream, writers, readers, now):
             now.append(Lane(f"{stream.name}-r{made}", stream.name, home, reader, partition, pair=made))
             made += 1
+        for partition, reader in _bare(stream, readers, now):
+            now.append(Lane(f"{stream.name}-r{made}", stream.name, reader, reader, partition, open=False, pair=made))
+            made += 1
         readers_before = {lane.name: lane.reader for lane in old.of(stream.name)}
         for lane in now:
             if lane.reader != readers_before.get(lane.name, lane.reader):
@@ -216,3 +221,13 @@ def _wanted(
             for reader in able or ("",):
                 if (home, partition, reader) not in there:
                     yield home, partition, reader
+
+
+def _bare(stream: Stream, readers: dict[int, Nodes], lanes: list[Lane]) -> Iterator[tuple[int, str]]:
+    """(partition, reader) of the workers that would have no queue of the stream at all. Not of the pipe, which needs
+    none, nor for what only the pipe writes: without its process nothing comes any more."""
+    has = {(one.partition, one.reader) for one in lanes}
+    for partition, able in readers.items():
+        for reader in able if PIPE not in (stream.source, stream.target) else ():
+            if (partition, reader) not in has:
+                yield partition, reader

@@ -214,7 +214,7 @@ class Part:
         self._wake.set()
 
     async def _follow_orders(self) -> None:
-        done, failures, since = (0, 0), 0, None
+        done, failures, since, told = (0, 0), 0, None, ""
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -223,7 +223,7 @@ class Part:
                 continue
             try:
                 await self._follow(orders)
-                done = orders.fence
+                done, told = orders.fence, ""
             except Unfit as error:
                 self._turn_down(str(error))
                 done, since = orders.fence, None
@@ -236,11 +236,13 @@ class Part:
                 if self._gone and self._job is None and not self._seeking:
                     since = since or self._loop.time()
                     if self._loop.time() - since > READY:
-                        told = f"could not get what the pipe's code needs within {READY:g} s"
-                        self._turn_down(f"node {self._means.node} {told}: {error}")
+                        lacks = f"could not get what the pipe's code needs within {READY:g} s"
+                        self._turn_down(f"node {self._means.node} {lacks}: {error}")
                         done, since = orders.fence, None
                         continue
-                log.warning("pipe %s: %s; it is tried again", self.pipe, error)
+                if str(error) != told:  # once: a disk may be full for hours
+                    told = str(error)
+                    log.warning("pipe %s: %s; it is tried again", self.pipe, error)
                 await asyncio.sleep(AGAIN)
                 self._wake.set()
             except Exception as error:  # a bug: said, or the pipe would hang without a word
@@ -284,7 +286,7 @@ class Part:
             self._wake.set()
             return
         noted = msgspec.structs.replace(orders, refused=self.refused)
-        await asyncio.to_thread(replace_file, self._path, msgspec.msgpack.encode(noted))
+        await self._keep(noted)
         if self.lost:
             return  # since just now
         self._ferry = self._ferry or self._means.ferry(self.pipe, self._dirty.set)
@@ -328,8 +330,16 @@ class Part:
         ended = set(self.news.ended) if self.news is not None else set()
         return needs(self._spec, self.agreed - ended) if self._spec is not None else {}
 
+    async def _keep(self, orders: wire.Orders) -> None:
+        """On disk. Without it nothing is done: the next agent would follow older ones."""
+        try:
+            await asyncio.to_thread(replace_file, self._path, msgspec.msgpack.encode(orders))
+        except OSError as error:
+            why = f"its orders cannot be written to {self._path} and wait ({error.strerror}): make room on that disk"
+            raise ClusterError(why) from error
+
     async def _end(self, orders: wire.Orders) -> None:
-        await asyncio.to_thread(replace_file, self._path, msgspec.msgpack.encode(orders))
+        await self._keep(orders)
         self._release()
         if not self._gone and self._keeper is not None:
             await self._means.keep_letters(self.pipe, await self._keeper.letters())  # they go with the keeper

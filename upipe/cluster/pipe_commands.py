@@ -95,7 +95,8 @@ class PipeCommands:
                 return
             except OSError as error:
                 if not failed:
-                    log.error("the record of pipe %s cannot be written, and it waits: %s", saved.record.id, error)
+                    log.error("the record of pipe %s cannot be written, and it waits: %s (make room on the disk of %s)",
+                              saved.record.id, error, self._ledger.directory)  # fmt: skip
                 failed = True
             await asyncio.sleep(SAVE_AGAIN)
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from upipe.cluster import wire
+from upipe.cluster import backlog, wire
 from upipe.cluster.ballot import MEMBER
 from upipe.cluster.dealings import (
     Ask,
@@ -145,6 +145,8 @@ class Pipes:
 
     def _queue(self, entry: Entry, commands: Iterable[Command]) -> None:
         entry.todo.extend(commands)
+        if len(entry.todo) > backlog.MOST:  # the disk has been full for a while
+            entry.todo = deque(backlog.shortened(entry.todo))
         if entry.todo and not entry.working:
             entry.working = True
             self._errands.run(self._work(entry), f"pipe {entry.record.id}")

@@ -50,6 +50,9 @@ from upipe.runtime.events import (
 from upipe.runtime.restarts import Restarts
 from upipe.runtime.slots import Crew, Slot
 
+LATE = 1.0
+"""Seconds by which our own timers may be late before a stopped worker gets its time again: the machine slept, or
+everything here was stopped."""
 UNCONNECTED = 3
 """Deaths of a script's processes, none of which ever connected, after which its pipe fails: it cannot run here."""
 
@@ -256,7 +259,9 @@ class Supervisor:
                 slot.epoch += 1
                 slot.done = slot.was_ready = False
                 commands.append(StartWorker(slot.name, slot.epoch))
-            if slot.kill_at is not None and slot.kill_at <= now:
+            if slot.kill_at is not None and slot.kill_at + LATE < now:
+                slot.kill_at = now + self.spec.settings.stopped_grace  # we were stopped ourselves, with all others
+            elif slot.kill_at is not None and slot.kill_at <= now:
                 slot.kill_at = None
                 slot.error = f"{slot.name} was stopped (SIGSTOP) and was killed to be replaced"
                 commands.append(KillWorker(slot.name))

@@ -2,6 +2,9 @@
 
     chain.py --count 2000 --rate 400 --source h0 --sink h2 --work 4
     chain.py --until FILE              go on until the file is there; how many there were is then in FILE.count
+
+What travels is [number, life, when]: life is when this run of the source began, `when` when it emitted (ns, of one
+clock for all hosts of a test). The ledger has a line of them for each value that arrived, and when it did.
 """
 
 import argparse
@@ -16,16 +19,18 @@ from upipe import Pipe, Place, Processor
 
 
 def numbers(*, config):
+    life = time.monotonic_ns()
     for number in itertools.count() if config.until else range(config.count):
         if config.until and os.path.exists(config.until):
             Path(f"{config.until}.count").write_text(str(number))
             return
-        yield number
+        yield [number, life, time.monotonic_ns()]
         time.sleep(1 / config.rate)
 
 
-def work(number):
-    return number * 2
+def work(value):
+    number, life, when = value
+    return [number * 2, life, when]
 
 
 class Record:
@@ -34,7 +39,8 @@ class Record:
         self.file = os.open(Path(os.environ["UPIPE_TEST_LEDGER"]) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def process(self, value):
-        os.write(self.file, b"%d\n" % (value // 2))
+        number, life, when = value
+        os.write(self.file, b"%d %d %d %d\n" % (number // 2, life, when, time.monotonic_ns()))
 
 
 def place(label, **more):
@@ -43,8 +49,9 @@ def place(label, **more):
 
 async def main(arguments):
     pipe = Pipe("chain")
+    where = place(arguments.source, apart=arguments.apart)
     pipe.chain(
-        Processor("numbers", numbers, config=arguments, resume=True, place=place(arguments.source)),
+        Processor("numbers", numbers, config=arguments, resume=True, place=where),
         Processor("work", work, workers=arguments.work, place=Place(how="spread")),
         Processor("record", Record, place=place(arguments.sink)),
     )
@@ -63,5 +70,6 @@ if __name__ == "__main__":
     parser.add_argument("--rate", type=float, default=400.0)
     parser.add_argument("--work", type=int, default=6)
     parser.add_argument("--source", default="")
+    parser.add_argument("--apart", default=(), type=lambda word: (word,), help="from what the source runs")
     parser.add_argument("--sink", default="")
     asyncio.run(main(parser.parse_args()))
