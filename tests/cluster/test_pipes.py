@@ -27,7 +27,7 @@ async def submit(node: Node, client: str = "") -> wire.PipeInfo:
 
 
 def info(node: Node) -> wire.PipeInfo:
-    return node.agent.pipes.info("words-1")
+    return node.agent.pipes.known.info("words-1")
 
 
 async def follows(node: Node, seconds: float = 5.0) -> None:

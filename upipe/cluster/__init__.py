@@ -16,6 +16,8 @@ Who is there
     address.py       HOST:PORT                             peers.py        asking other agents
 Which worker runs where
     pipes.py         shell of the schedulers               scheduler.py    one pipe, in one agent (pure)
+    known_pipes.py   which there are, what is told of them pipe_requests.py what users ask of them
+    pipe_commands.py what schedulers command, done
     ballot.py        who coordinates (pure)                planning.py     what its record becomes (pure)
     record.py        what is replicated (pure)             dealings.py     its events, commands, messages
     ledger.py        records on disk                       outbox.py       what is on its way to other agents

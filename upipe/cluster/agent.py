@@ -45,6 +45,7 @@ from upipe.cluster.options import Settled
 from upipe.cluster.part import FerryHandle, KeeperHandle
 from upipe.cluster.parts import Parts
 from upipe.cluster.peers import Peers
+from upipe.cluster.pipe_requests import PipeRequests
 from upipe.cluster.pipes import Pipes
 from upipe.cluster.resources import detect
 from upipe.cluster.server import Server
@@ -172,16 +173,18 @@ class Agent:
         peers, live = self.neighbours.peers, self.neighbours.live
         self.parts = Parts(
             me, self.identity.life, self._data.path, self.store, peers, lambda *told: self.pipes.reported(*told),
-            lambda pipe: pipe in self.pipes.entries, lambda *asked: self.pipes.successor(*asked), lambda: tuple(live()),
-            self._engines.keeper, lambda pipe, changed: self._engines.ferry(me, pipe, self.lines, changed),
+            lambda pipe: pipe in self.pipes.entries, lambda *asked: self.pipes.known.successor(*asked),
+            lambda: tuple(live()), self._engines.keeper,
+            lambda pipe, changed: self._engines.ferry(me, pipe, self.lines, changed),
         )  # fmt: skip
         self._open.append(self.parts.close)
         self.pipes = Pipes(
             me, Ledger(self._data.path / "records"), peers, live, self.neighbours.suspects, self.parts.order,
-            self.neighbours.addresses, self._tell,
+            self._tell,
         )  # fmt: skip
-        self.store.needed = self.pipes.contents
+        self.store.needed = self.pipes.known.contents
         self._open.append(self.pipes.close)
+        self._requests = PipeRequests(self.pipes, peers, live, self.neighbours.addresses)
         self._open.append(self._errands.close)
 
     def _make_peers(self, addresses: Callable[[str], tuple[Address, ...]]) -> Peers:
@@ -190,15 +193,15 @@ class Agent:
     def _handlers(self) -> Handlers:
         machine = self.neighbours.machine
         self.metrics = Metrics(
-            lambda: machine.info, self._members, self.pipes.infos,
+            lambda: machine.info, self._members, self.pipes.known.infos,
             lambda: [one for part in self.parts.all.values() for one in part.mirrors()],
         )  # fmt: skip
         jobs = self._jobs()
         jobs.load()
         self._open.append(jobs.close)
         return Handlers(
-            self.neighbours, self.pipes, self.parts, self.store, self.lines, jobs, self.credentials.derived,
-            self.drain, self.metrics.text,
+            self.neighbours, self.pipes, self._requests, self.parts, self.store, self.lines, jobs,
+            self.credentials.derived, self.drain, self.metrics.text,
         )  # fmt: skip
 
     def _jobs(self) -> Jobs:

@@ -18,6 +18,7 @@ from upipe.cluster.link import Link
 from upipe.cluster.member_events import LeftProperly
 from upipe.cluster.neighbours import Neighbours
 from upipe.cluster.parts import Parts
+from upipe.cluster.pipe_requests import PipeRequests
 from upipe.cluster.pipes import Pipes
 from upipe.cluster.server import Call, Handler, refuse
 from upipe.cluster.store import Store
@@ -45,11 +46,12 @@ class Handlers:
     """
 
     def __init__(
-        self, neighbours: Neighbours, pipes: Pipes, parts: Parts, store: Store, lines: LinesHandle, jobs: Jobs,
-        derived: bool, drain: Callable[[float], None], metrics: Callable[[], bytes],
+        self, neighbours: Neighbours, pipes: Pipes, requests: PipeRequests, parts: Parts, store: Store,
+        lines: LinesHandle, jobs: Jobs, derived: bool, drain: Callable[[float], None], metrics: Callable[[], bytes],
     ) -> None:  # fmt: skip
         self._neighbours = neighbours
         self._pipes = pipes
+        self._requests = requests
         self._parts = parts
         self._store = store
         self._lines = lines
@@ -108,7 +110,7 @@ class Handlers:
     # ------------------------------------------------------------------ pipes
 
     async def pipes(self, call: Call) -> wire.Pipes:
-        return wire.Pipes(self._pipes.infos())
+        return wire.Pipes(self._pipes.known.infos())
 
     async def submit(self, call: Call) -> wire.PipeInfo:
         request: wire.PipeRequest = call.body
@@ -116,10 +118,10 @@ class Handlers:
             raise refuse(403, "other_client", f"{identity.id} cannot submit a pipe for {request.client}.")
         if missing := self._store.missing(request.shipment.contents):
             raise refuse(409, "contents_missing", f"Upload these first (PUT /v1/code/...): {' '.join(missing)[:3900]}")
-        return await self._pipes.submit(request)
+        return await self._requests.submit(request)
 
     async def pipe(self, call: Call) -> wire.PipeInfo:
-        return self._pipes.info(call.parameters["pipe"])
+        return self._pipes.known.info(call.parameters["pipe"])
 
     async def stop(self, call: Call) -> wire.PipeInfo:
         return await self._end(call, "stop")
@@ -129,7 +131,7 @@ class Handlers:
 
     async def _end(self, call: Call, how: str) -> wire.PipeInfo:
         by_node = call.peer.identity is not None and call.peer.identity.kind == "node"
-        return await self._pipes.end(call.parameters["pipe"], how, call.body.deadline, forward=not by_node)
+        return await self._requests.end(call.parameters["pipe"], how, call.body.deadline, forward=not by_node)
 
     async def deal(self, call: Call) -> wire.Done:
         self._proven(call, speaker(call.body.message))
@@ -152,7 +154,7 @@ class Handlers:
         asked: wire.Attendance = call.body
         if call.peer.identity is not None:
             self._proven(call, asked.client)
-        return await self._pipes.attend(call.parameters["pipe"], asked, lambda: call.gone)
+        return await self._requests.attend(call.parameters["pipe"], asked, lambda: call.gone)
 
     async def letters(self, call: Call) -> bytes:
         return await self._parts.letters(call.parameters["pipe"])
