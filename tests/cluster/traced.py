@@ -121,13 +121,13 @@ def trace_agent(trace: Trace) -> None:
         elif type(event).__name__ != "Tick":
             trace(pipe, f"{what} (awaits {entry.awaited})" if entry.awaited else what)
 
-    follow = pipes.Pipes._follow
+    follow = pipes.Pipes.follow
 
     def wrapped(self: Any, entry: Any, event: Any) -> None:
         followed(entry, event)
         follow(self, entry, event)
 
-    pipes.Pipes._follow = wrapped  # type: ignore[method-assign]
+    pipes.Pipes.follow = wrapped  # type: ignore[method-assign]
     queue = pipes.Pipes._queue
 
     def queued(self: Any, entry: Any, commands: Any) -> None:
