@@ -3,7 +3,8 @@
     python scripts/_side_by_side.py        what scripts/test does without arguments
 
 What "others" prints is seen at once, what "agents" prints when that has ended. Each has a root of shared memory and a
-pytest cache of its own. Both run to their ends, whatever the other finds; the status is 0 when both have 0.
+pytest cache of its own; a test that is marked `alone` runs with no other (tests/turns.py). Both run to their ends,
+whatever the other finds; the status is 0 when both have 0.
 Who owns what: the two are children of this process. SIGTERM and SIGINT end them, and when it is killed they die too.
 """
 
@@ -36,9 +37,9 @@ class Stopped(BaseException):
     """A signal came; its number."""
 
 
-def begin(name: str, arguments: Sequence[str], out: IO[bytes] | None) -> subprocess.Popen[bytes]:
-    """Start one of the two; out: where it prints, None: here."""
-    environment = dict(os.environ)
+def begin(name: str, arguments: Sequence[str], place: str, out: IO[bytes] | None) -> subprocess.Popen[bytes]:
+    """Start one of the two; place: a directory for their turns; out: where it prints, None: here."""
+    environment = {**os.environ, "UPIPE_TEST_TURNS": place}
     if root := environment.get("UPIPE_SHM"):
         environment["UPIPE_SHM"] = f"{root}-{name}"
     command = [sys.executable, "-m", "pytest", "-q", "-o", f"cache_dir=.pytest_cache/{name}", *arguments]
@@ -81,10 +82,10 @@ def run(parts: dict[str, tuple[str, ...]]) -> int:
     """
     (quiet, silent), (loud, seen) = parts.items()
     started: list[subprocess.Popen[bytes]] = []
-    with tempfile.NamedTemporaryFile(prefix="upipe-test-") as log:
+    with tempfile.TemporaryDirectory(prefix="upipe-test-") as place, open(f"{place}/log", "wb") as log:
         try:
-            started.append(begin(quiet, silent, log.file))
-            started.append(begin(loud, seen, None))
+            started.append(begin(quiet, silent, place, log))
+            started.append(begin(loud, seen, place, None))
             started[1].wait()
             print(f"\n== {quiet}", flush=True)
             show(log.name, started[0])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
 from tests.memq.helpers import FORK
+from tests.turns import turn
 from upipe.memq import segment
 
 if segment._session is None and "UPIPE_SHM" not in os.environ:  # other programs come and go in the usual root
@@ -17,6 +18,13 @@ if segment._session is None and "UPIPE_SHM" not in os.environ:  # other programs
     atexit.register(shutil.rmtree, os.environ["UPIPE_SHM"], ignore_errors=True)
 _ROOT = os.environ.get("UPIPE_SHM")
 _PID = os.getpid()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around everything: who waits for its turn runs into no timeout
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Each test has its turn; one that is marked `alone` has the machine."""
+    with turn(alone=item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

@@ -298,6 +298,8 @@ def test_frames_are_compared_with_as_many_copies_in_c(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.timeout(320)
 def test_no_ratio_to_the_peers_that_are_always_there_has_fallen_far(tmp_path: Path) -> None:
     """The regression check itself, in quick form: uPipe beside what Python brings along."""
     chosen = ["--quick", "--case", "small", "--case", "mpmc", "--case", "frames-1m-copy"]

@@ -138,3 +138,10 @@ def test_a_node_names_what_it_lacks() -> None:
     lacks = msgspec.structs.replace(shipment, packages={"no-such-dist": "1.2"})
     assert "no-such-dist==1.2" in misfit(lacks, "n1")
     assert "Python 2.7" in misfit(msgspec.structs.replace(shipment, python="2.7"), "n1")
+
+
+def test_a_source_that_is_written_again_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "again.py"
+    for name in ("first", "the_second"):
+        file.write_text(f"import {name}\n")
+        assert shipping._imports_below([file]) == ({name}, {name})

@@ -100,6 +100,11 @@ class Held:
         self.memory.close()
 
 
+def in_flight(q: MemQ) -> int:
+    """Frames in it that are not finished."""
+    return q.stats().in_flight
+
+
 def asleep(q: MemQ, count: int = 1, producers: bool = False):
     """Wait until that many handles sleep (their waiting bits are set, and they looked once more)."""
     m = Memory(q)
