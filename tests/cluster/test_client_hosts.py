@@ -92,8 +92,7 @@ def test_a_script_travels_with_what_it_imports_and_is_found_from_every_host(host
         told = upipe(hosts, "submit", "--working-dir", str(work), "script.py", str(ready))
         assert (told.returncode, told.stdout) == (5, f"up\n{word} True False\n"), told.stderr
         assert re.search("job script-.* on node [0-9a-f]{16} ended with exit status 5", told.stderr)
-    where = [upipe(hosts, "jobs", host=host) for host in (0, 1, CLIENT)]
-    assert all(shown(one).count("script-") == 2 for one in where)
+    assert all(shown(upipe(hosts, "jobs", host=host)).count("script-") == 2 for host in (0, 1))
 
 
 def test_a_running_job_is_shown_followed_and_stopped_from_anywhere(hosts: Hosts) -> None:
@@ -129,9 +128,6 @@ def test_a_running_job_is_shown_followed_and_stopped_from_anywhere(hosts: Hosts)
     ready.unlink()
     job = shown(upipe(hosts, "submit", "--detach", "--working-dir", str(work), "script.py", str(ready))).strip()
     assert f"{job} stopped with exit status -15" in shown(upipe(hosts, "stop", job, host=0))
-    for command in (("logs", "nobody"), ("pipe", "nobody"), ("stop", "nobody")):
-        told = upipe(hosts, *command)
-        assert told.returncode == 1 and "no node that answers knows" in told.stderr
 
 
 def test_whatever_ends_a_submitting_process_leaves_nothing_on_the_nodes(hosts: Hosts) -> None:
@@ -140,7 +136,7 @@ def test_whatever_ends_a_submitting_process_leaves_nothing_on_the_nodes(hosts: H
     said = {how: program.communicate(timeout=90) for how, program in ends.items()}
     assert all(out == "up\n" for out, _ in said.values()), said
     assert {how: program.returncode for how, program in ends.items()} == {
-        "exception": 1, "leave": 0, "interrupt": 130, "kill": -signal.SIGKILL,
+        "exception": 1, "leave": 0, "interrupt": -signal.SIGINT, "kill": -signal.SIGKILL,
     }  # fmt: skip
     told = "'endless' (resume=True) from the first value; 'add' without its checkpoint"
     assert all(told in err and "Unclosed" not in err for _, err in said.values()), said
@@ -151,12 +147,3 @@ def test_whatever_ends_a_submitting_process_leaves_nothing_on_the_nodes(hosts: H
     left = [name for host in (0, 1) for _, _, names in os.walk(hosts.shm(host)) for name in names if name != "lock"]
     assert not left
     assert upipe(hosts, "sweep").returncode == 0 and not list(hosts.shm(CLIENT).iterdir())
-
-
-def test_a_directory_that_is_too_large_is_said_so_before_anything_is_sent(hosts: Hosts, tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text("")
-    with (tmp_path / "data").open("wb") as file:
-        file.truncate(300 << 20)
-    told = upipe(hosts, "submit", "--working-dir", str(tmp_path), "script.py")
-    assert told.returncode == 1 and f"{tmp_path} is too large to be shipped" in told.stderr
-    assert f"The largest: {tmp_path}/data (300.0 MiB)" in told.stderr

@@ -23,7 +23,7 @@ _COMMANDS = {
     "upipe": f"#!{sys.executable}\nfrom upipe.cli.main import main\nmain()\n",
     "upipe-node": f"#!{sys.executable}\nfrom upipe.cli.node import main\nmain()\n",
     # host b's home lies beside that of host a
-    "scp": '#!/bin/sh\n[ "$1" = -p ] && exec cp -p "$2" "$HOME/../${3%%:*}/${3#*:}"\n',
+    "ssh": '#!/bin/sh\nHOME="$HOME/../$1" exec sh -c "$2"\n',
 }
 
 pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.timeout(120)]
@@ -141,8 +141,11 @@ def test_two_hosts_in_five_commands(shells: Shells) -> None:
         shells.type(host, command)
     shells.met("a")  # by multicast
     assert len(counted(shells.type("a", lines[4][1]))) == 4
-    told = shells.type("a", "upipe pipes")
+    told = shells.type("b", "upipe pipes")
     assert len(set(re.findall(r"^.* ([0-9a-f]{8}): ", told, re.MULTILINE))) == 2, "both had workers"
+    for host in "ab":
+        told = shells.type(host, "upipe doctor --host 0.0.0.0")
+        assert "everything is well" in told and "the agent of this host" in " ".join(told.split()), told
 
 
 def test_the_script_runs_without_a_cluster_too(shells: Shells) -> None:

@@ -31,7 +31,7 @@ def create(force: bool, path: Path | None) -> None:
     path = path or tokens.place()
     secret = tokens.create(path, force)
     click.echo(f"made {path}\nfingerprint {secret.fingerprint}")
-    click.echo("Now copy that file to each host of the cluster (scp -p keeps it closed to others).")
+    click.echo("Now copy that file to the same place on each host (scp -p keeps it closed).")
 
 
 @token.command("show-fingerprint", short_help="Print what tells clusters apart.")
