@@ -86,6 +86,8 @@ class Entry:
     working: bool = False
     timer: asyncio.TimerHandle | None = None
     said: tuple[str, str] = ("", "")
+    held: str = ""
+    """Why nothing can change here, as the user was told."""
     over_since: float | None = None
     asked: float = 0.0
     """When its coordinator was last asked whether it is history."""
@@ -147,7 +149,7 @@ class Pipes:
         self.history = dict(list(ended.items())[-MOST_ENDED:])
         for saved in going.values():
             self._enter(Scheduler(self.me, saved.record, saved.promised, saved.promised_to), patient=True)
-        self._errands.run(self._ask_around(), "ask for ended pipes")
+        self._errands.keep(self._ask_around, "asking for ended pipes")
 
     async def close(self) -> None:
         """End; records stay. Idempotent."""
@@ -180,6 +182,10 @@ class Pipes:
         if entry.awaited or self.entries.get(entry.record.id) is not entry:
             return
         self._queue(entry, entry.scheduler.handle(event, self._loop.time()))
+        held = entry.scheduler.held_up(self._loop.time())
+        if bool(held) != bool(entry.held):
+            self._tell(f"pipe {entry.record.id}: {held or 'it goes on'}")
+        entry.held = held
 
     def _queue(self, entry: Entry, commands: Iterable[Command]) -> None:
         entry.todo.extend(commands)
@@ -447,7 +453,9 @@ class Pipes:
         if not entry.scheduler.coordinates:
             other = entry.record.coordinator
             where = f"node {other} does, as far as this node knows" if other != self.me else "it is about to"
-            raise refuse(409, "not_coordinator", f"This node does not coordinate pipe {entry.record.id}; {where}.")
+            why = f" Here {entry.held}." if entry.held else ""
+            text = f"This node does not coordinate pipe {entry.record.id}; {where}.{why}"
+            raise refuse(409, "not_coordinator", text)
 
     async def submit(self, request: wire.PipeRequest) -> wire.PipeInfo:
         """Run a pipe, coordinated here; asked again, say how it is.
@@ -542,9 +550,12 @@ class Pipes:
         """
         if pipe in self.history:
             return _info(self.history[pipe].record, told_of(self.history[pipe].record), closed=True)
-        scheduler = self._entry(pipe).scheduler
-        record = scheduler.record
-        return _info(record, scheduler.telling() if scheduler.coordinates else told_of(record), closed=False)
+        entry = self._entry(pipe)
+        scheduler, record = entry.scheduler, entry.record
+        told = scheduler.telling() if scheduler.coordinates else told_of(record)
+        if entry.held:
+            told = msgspec.structs.replace(told, waiting="; ".join(filter(None, (entry.held, told.waiting))))
+        return _info(record, told, closed=False)
 
     def infos(self) -> tuple[wire.PipeInfo, ...]:
         """All that are known, ended ones first."""
