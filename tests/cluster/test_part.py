@@ -19,7 +19,7 @@ from upipe.cluster.lanes import lay_out
 from upipe.cluster.layout import node_plan
 from upipe.cluster.part import Part, Unfit
 from upipe.cluster.placement import Placement
-from upipe.errors import KeeperFailed, NodeRefused, NodeUnreachable
+from upipe.errors import KeeperFailed, MessageInvalid, NodeRefused, NodeUnreachable
 
 LAYOUT = lay_out(SPEC, Placement({"a": ("n1",), "b": ("n2",)}), "")
 
@@ -236,6 +236,52 @@ async def test_a_lost_keeper_is_told_until_a_stop_is_obeyed(made):
     part.order(orders(4))
     await until(lambda: means.told[-1].fence == (1, 4) and means.told[-1].present)
     assert len(means.engines.crew.started) == 2
+
+
+@pytest.mark.parametrize("failure", [OSError("out of descriptors"), ZeroDivisionError("a bug")])
+async def test_reports_go_on_after_one_that_failed_inside(made, monkeypatch, failure):
+    part, means, _ = made
+    part.order(orders(1))
+    await until(lambda: means.told)
+    failures, states = [failure], means.engines.ferries["p"].states
+
+    def failing():
+        if failures:
+            raise failures.pop()
+        return states()
+
+    monkeypatch.setattr(means.engines.ferries["p"], "states", failing)
+    part.order(orders(2))
+    await until(lambda: means.told[-1].fence == (1, 2))
+    assert not failures
+
+
+async def test_a_plan_that_is_too_large_for_its_keeper_fails_the_pipe(made, monkeypatch):
+    part, means, _ = made
+    part.order(orders(1))
+    await until(lambda: means.told)
+
+    def follow(fence, plan):
+        raise MessageInvalid("the plan has 20,000,000 bytes")
+
+    monkeypatch.setattr(means.engines.keepers["p"], "follow", follow)
+    part.order(orders(2))
+    await until(lambda: means.told[-1].failed == "node n1: the plan has 20,000,000 bytes")
+
+
+async def test_mirrors_that_cannot_be_set_up_fail_the_pipe_and_do_not_break_the_connection_to_the_keeper(
+    made, monkeypatch
+):
+    part, means, _ = made
+    part.order(orders(1))
+    await until(lambda: means.told)
+
+    def follow(plan, labels):
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(means.engines.ferries["p"], "follow", follow)
+    part.order(orders(2))
+    await until(lambda: "oops" in means.told[-1].failed)
 
 
 async def test_a_report_that_was_not_heard_is_said_again(made):

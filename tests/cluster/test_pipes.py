@@ -220,3 +220,31 @@ async def test_metrics_tell_of_nodes_pipes_and_streams(tmp_path):
         assert 'upipe_pipes{state="running"} 1.0' in text
         assert 'upipe_stream_frames_emitted_total{pipe="words-1",stream="e0-a-b"}' in text
         assert f'upipe_mirror_lag_bytes{{mirror="{one.mirror}"}} 10.0' in text
+
+
+async def test_what_a_node_promised_is_known_to_all_and_taken_back_at_the_end(tmp_path):
+    async with running(tmp_path, "left", "right") as nodes:
+        left, right = nodes
+        await submit(left)
+        await follows(right)
+        await until(lambda: left.agent.neighbours.live()[right.id].promised == {"words-1": {"cpu": 0.1}}, 10)
+        assert right.agent.neighbours.live()[left.id].promised == {"words-1": {"cpu": 0.1}}
+        async with left.client() as client:
+            await client.call(routes.STOP, wire.Stopping(5.0), pipe="words-1")
+        await until(lambda: not left.agent.neighbours.live()[right.id].promised, 10)
+
+
+async def test_the_node_that_may_not_go_on_alone_tells_its_user_and_who_asks_it(tmp_path):
+    async with running(tmp_path, "left", "right") as nodes:
+        left, right = nodes
+        await submit(left, CLIENT.id)
+        await follows(right)
+        await left.kill()
+        await until(lambda: "its workers here run on" in info(right).told.waiting, 20)
+        assert any("pipe words-1: nothing is moved or begun" in line and left.id in line for line in right.said)
+        async with right.client() as client:
+            with pytest.raises(NodeRefused) as caught:
+                await client.call(routes.ATTEND, wire.Attendance(CLIENT.id), pipe="words-1")
+        assert caught.value.code == "not_coordinator" and f"once node {left.id} is back" in caught.value.sentence
+        nodes[0] = await start(tmp_path, "left", right.seed, engines=FakeEngines(left.engines.crew))
+        await until(lambda: not info(right).told.waiting and "pipe words-1: it goes on" in right.said, 20)

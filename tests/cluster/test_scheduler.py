@@ -158,6 +158,22 @@ def test_of_two_nodes_the_decider_goes_on_alone_and_the_other_one_waits(dies: st
     healthy(world)
 
 
+def test_of_two_nodes_that_are_cut_from_each_other_the_one_that_may_not_go_on_says_so_and_all_heals() -> None:
+    world = begun("12")
+    before = dict(world.keepers["2"].runs)
+    world.cut = {("1", "2"), ("2", "1")}
+    world.settle(30)
+    one_, other = (world.schedulers[node] for node in "12")
+    assert one_.held_up(world.now) == "" and one_.record.evicted.keys() == {"2"}
+    assert [keeper.runs == before for node, keeper in world.keepers.items()] == [False, True]
+    told = other.held_up(world.now)
+    assert "of the 2 nodes that keep its record 1 cannot be reached" in told
+    assert "only the one that the pipe was submitted to goes on alone" in told and "once node 1 is back" in told
+    world.heal()
+    healthy(world)
+    assert [each.held_up(world.now) for each in world.schedulers.values()] == ["", ""]
+
+
 def test_a_coordinator_on_the_small_side_of_a_cut_moves_nothing() -> None:
     world = begun("12345")
     before = {node: dict(keeper.runs) for node, keeper in world.keepers.items()}
@@ -167,6 +183,8 @@ def test_a_coordinator_on_the_small_side_of_a_cut_moves_nothing() -> None:
     leaders = {one.me: one for one in world.schedulers.values() if one.ballot.counted is not None}
     assert leaders["3"].record.epoch == 2 and set(leaders["3"].record.evicted) <= {"1", "2"}
     assert leaders["1"].ballot.pending  # it asks, and nobody answers
+    told = leaders["1"].held_up(world.now)
+    assert "of the 5 nodes that keep its record 3, 4, 5 cannot be reached" in told and "of two" not in told
     assert all(world.keepers[node].runs == before[node] for node in small)
     world.heal()
     healthy(world)

@@ -157,7 +157,7 @@ class Agent:
         self.store.tidy()
         self._say_hello(bound)
         await self.neighbours.start(self.settled.seeds, options.multicast)
-        self._errands.run(self._renew(), "renew the certificate")
+        self._errands.keep(self._renew, "renewing the certificate")
 
     def _policy(self, me: str) -> Policy:
         options = self.settled.options
@@ -285,6 +285,12 @@ class Agent:
             self._errands.run(self._empty(seconds), "drain")
 
     async def _empty(self, seconds: float) -> None:
+        try:
+            await self._leave(seconds)
+        finally:  # whatever failed on the way: who said SIGTERM means it
+            self.ended.set()
+
+    async def _leave(self, seconds: float) -> None:
         self.neighbours.drain()
         until = asyncio.get_running_loop().time() + seconds
         others = [one for one in self.neighbours.live().values() if not one.draining]
@@ -296,7 +302,6 @@ class Agent:
         if left := self._busy():
             self._tell(f"{left} pipes cannot move elsewhere; they go on without an agent until the next start")
         await self.neighbours.leave()
-        self.ended.set()
 
     def _busy(self) -> int:
         return sum(1 for part in self.parts.all.values() if part.present)

@@ -133,18 +133,23 @@ class Keeper:
         """
         if self._line is not None:
             return True
+        trouble = ""
         try:
             async with asyncio.timeout(REACH):
-                while self._lives():
-                    if await self._connect():
-                        return True
+                while True:
+                    try:
+                        if not self._lives():
+                            return False
+                        if await self._connect():
+                            return True
+                    except OSError as error:  # out of descriptors, say: that passes, and proves nothing of the keeper
+                        trouble = f" ({error})"
                     await asyncio.sleep(LOOK)
         except TimeoutError:
             raise KeeperFailed(
-                f"the keeper in {self.directory} lives and does not answer within {REACH:g} s; "
+                f"the keeper in {self.directory} lives and does not answer within {REACH:g} s{trouble}; "
                 f"look at {self.output()}, or kill it: what it runs is then begun elsewhere"
             ) from None
-        return False
 
     def _holder(self) -> int:
         """A pidfd of the process that holds its lock, as the file says; -1: none does."""
@@ -347,8 +352,8 @@ class Keeper:
         self._lives()  # its socket goes
         self.pid, self._newest = 0, None  # another life shall not begin with a plan of this one
         if self.news is None or self.news.present:
-            segment.sweep()
-            asyncio.get_running_loop().call_later(SWEEP, segment.sweep)
+            _sweep()
+            asyncio.get_running_loop().call_later(SWEEP, _sweep)
             self._on_lost(self._why or f"the keeper of this pipe ended{status}: {self._last_line()}")
             self._why = ""
 
@@ -395,6 +400,14 @@ class Keeper:
         except OSError:
             lines = []
         return lines[-1][:500] if lines else "it wrote nothing"
+
+
+def _sweep() -> None:
+    """What cannot be swept now is swept by whoever starts next; that the keeper is lost has to be told in any case."""
+    try:
+        segment.sweep()
+    except OSError as error:
+        _log.error("what a dead keeper left in shared memory cannot be removed: %s", error)
 
 
 def _private(path: str, flags: int) -> int:

@@ -9,6 +9,8 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from upipe.cluster import wire
 from upipe.cluster.dealings import Command, Save, TellClient
 from upipe.cluster.desk import Desk
@@ -29,6 +31,8 @@ class Entry:
     working: bool = False
     timer: asyncio.TimerHandle | None = None
     said: tuple[str, str] = ("", "")
+    held: str = ""
+    """Why nothing can change here, as the user was told."""
     over_since: float | None = None
     asked: float = 0.0
     """When its coordinator was last asked whether it is history."""
@@ -85,7 +89,9 @@ class KnownPipes:
         if not entry.scheduler.coordinates:
             other = entry.record.coordinator
             where = f"node {other} does, as far as this node knows" if other != self.me else "it is about to"
-            raise refuse(409, "not_coordinator", f"This node does not coordinate pipe {entry.record.id}; {where}.")
+            why = f" Here {entry.held}." if entry.held else ""
+            text = f"This node does not coordinate pipe {entry.record.id}; {where}.{why}"
+            raise refuse(409, "not_coordinator", text)
 
     def successor(self, pipe: str, epoch: int) -> str:
         """Who coordinates a pipe after `epoch`, as far as the record here tells; "" when it knows of no later one."""
@@ -104,9 +110,12 @@ class KnownPipes:
         """
         if pipe in self.history:
             return _info(self.history[pipe].record, told_of(self.history[pipe].record), closed=True)
-        scheduler = self.entry(pipe).scheduler
-        record = scheduler.record
-        return _info(record, scheduler.telling() if scheduler.coordinates else told_of(record), closed=False)
+        entry = self.entry(pipe)
+        scheduler, record = entry.scheduler, entry.record
+        told = scheduler.telling() if scheduler.coordinates else told_of(record)
+        if entry.held:
+            told = replace(told, waiting="; ".join(filter(None, (entry.held, told.waiting))))
+        return _info(record, told, closed=False)
 
     def infos(self) -> tuple[wire.PipeInfo, ...]:
         """All that are known, ended ones first."""

@@ -94,8 +94,8 @@ class Neighbours:
         if self._multicast is None and self._host in WILDCARDS:
             self._watch = Watch(self.look_around)
         if seeds:
-            self._errands.run(Seeds(seeds, self._found_seed, self._tell).run(), "seeds")
-        self._errands.run(self._look(), "load")
+            self._errands.keep(Seeds(seeds, self._found_seed, self._tell).run, "looking for seeds")
+        self._errands.keep(self._look, "looking at the load")
 
     async def leave(self) -> None:
         """Say good-bye to everybody; nothing is done any more after it."""

@@ -32,7 +32,7 @@ from upipe.cluster.layout import NodePlan
 from upipe.cluster.ledger import replace_file
 from upipe.cluster.offers import needs
 from upipe.cluster.placement import Seat
-from upipe.errors import ClusterError, KeeperFailed, NodeRefused, UpipeError
+from upipe.errors import ClusterError, KeeperFailed, MessageInvalid, NodeRefused, UpipeError
 from upipe.graph.spec import PipeSpec
 from upipe.runtime.spool import DeadLetter
 
@@ -227,6 +227,9 @@ class Part:
             except Unfit as error:
                 self._turn_down(str(error))
                 done, since = orders.fence, None
+            except MessageInvalid as error:  # a plan that no keeper can be told, however often
+                self._fail(f"node {self._means.node}: {error}")
+                done = orders.fence
             except (UpipeError, OSError) as error:
                 failures += isinstance(error, KeeperFailed)
                 if failures >= TRIES:
@@ -395,7 +398,12 @@ class Part:
         fence = (news.fence[0], news.fence[1])
         plan = self._plans.get(fence)
         if plan is not None and self._ferry is not None:
-            self._ferry.follow(plan, news.labels)
+            try:
+                self._ferry.follow(plan, news.labels)
+            except Exception as error:  # else the connection to the keeper, whose callback this is, would break
+                log.exception("pipe %s: the mirrors of plan %s cannot be set up", self.pipe, fence)
+                self._fail(f"node {self._means.node} failed inside, which is a bug of uPipe: {error!r}")
+                return
             self.followed = fence
             self._plans = {one: kept for one, kept in self._plans.items() if one > fence}
         self._dirty.set()
@@ -451,6 +459,8 @@ class Part:
                 await self._tell()
             except UpipeError as error:  # a queue that is just being made or dropped
                 log.debug("pipe %s: no report: %s", self.pipe, error)
+            except Exception:  # a bug; without reports the pipe would stand still without a word for ever
+                log.exception("pipe %s: no report; it is tried again", self.pipe)
 
     async def _tell(self) -> None:
         report, coordinator = self.report(), self._successor or self.orders.coordinator

@@ -103,7 +103,7 @@ class Pipes:
         self.history.update(list(ended.items())[-MOST_ENDED:])
         for saved in going.values():
             self._enter(Scheduler(self.me, saved.record, saved.promised, saved.promised_to), patient=True)
-        self._errands.run(self._ask_around(), "ask for ended pipes")
+        self._errands.keep(self._ask_around, "asking for ended pipes")
 
     async def close(self) -> None:
         """End; records stay. Idempotent."""
@@ -143,6 +143,10 @@ class Pipes:
         if entry.awaited or self.entries.get(entry.record.id) is not entry:
             return
         self._queue(entry, entry.scheduler.handle(event, self._loop.time()))
+        held = entry.scheduler.held_up(self._loop.time())
+        if bool(held) != bool(entry.held):
+            self._tell(f"pipe {entry.record.id}: {held or 'it goes on'}")
+        entry.held = held
 
     def _queue(self, entry: Entry, commands: Iterable[Command]) -> None:
         entry.todo.extend(commands)

@@ -43,6 +43,8 @@ RESEND = 1.0
 """Seconds after which what was not answered is said again. Shorter heals losses faster and talks more."""
 MOST_STEPS = 16
 """Records in a row for one event, when nobody else has to be waited for."""
+HELD = 3.0
+"""Seconds without a quorum until that is told: a takeover, or a record that counts, takes less."""
 STEP = 0.5
 """Seconds between the candidates for a takeover: the first waits one of them, the next two. Longer than an answer
 takes, so that usually one is enough."""
@@ -77,6 +79,8 @@ class Scheduler:
         self._was_up = False
         self._resend_at: float | None = None
         self._run_at: float | None = None
+        self._held_since: float | None = None
+        """Since when there are too few members for anything to change; None: there are enough."""
 
     @classmethod
     def submit(
@@ -133,6 +137,20 @@ class Scheduler:
         """When to call handle(Tick()) at the latest; None: not before the next event."""
         return min((due for due in (self._resend_at, self._run_at) if due is not None), default=None)
 
+    def held_up(self, now: float) -> str:
+        """Why nothing about this pipe can change here, for the user; "" when it can, or somebody else sees to it."""
+        if self._held_since is None or now - self._held_since < HELD or self.record.state in ENDED:
+            return ""
+        record, members = self.record, dict.fromkeys((*self.record.members, *self.record.before))
+        silent = sorted(node for node in members if node != self.me and node not in self.up)
+        who = f"{', '.join(silent)} cannot be reached" if silent else "too few of them answer"
+        rule = "" if len(members) != 2 else " (of two nodes only the one that the pipe was submitted to goes on alone)"
+        return (
+            f"nothing is moved or begun for this pipe from here: of the {len(members)} nodes that keep its record "
+            f"{who}, and the others are no majority{rule}; its workers here run on; it goes on once node "
+            f"{' or '.join(silent) or record.coordinator} is back"
+        )
+
     # ------------------------------------------------------------------ events
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -180,6 +198,8 @@ class Scheduler:
             self._arranged = self._told = None
         else:
             commands += self._lead()
+        held = self.ballot.role == CANDIDATE or self.ballot.pending
+        self._held_since = (now if self._held_since is None else self._held_since) if held else None
         return [*commands, *self._say_again(now)]
 
     def _lead(self) -> list[Command]:
