@@ -21,7 +21,7 @@ from upipe.cluster import mending
 from upipe.cluster.dealings import NodeReport
 from upipe.cluster.lanes import lay_out, relay
 from upipe.cluster.record import Books
-from upipe.errors import MirrorRefused, QueueStuck
+from upipe.errors import MirrorRefused, QueueNotFound, QueueStuck
 from upipe.graph.spec import EdgeSpec, PipeSpec
 
 AB = PipeSpec("p", (one("a", kind="source"), one("b")), (EdgeSpec("a", "b"),))
@@ -341,6 +341,37 @@ async def test_a_queue_that_is_not_there_yet_is_told_and_tried_again(monkeypatch
         labels[name] = node.queues[name].name
         node.ferry.follow(node.plan, labels)
         await until(lambda: node.state(A_TO_B).settled)
+
+
+async def test_a_try_that_failed_inside_is_not_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ferries, "AGAIN", 0.01)
+    async with harbour(AB, lay_out(AB, seats(a="1", b="2"), "")) as here:
+        node = here.nodes["1"]
+        assert node.plan is not None
+        labels = {name: q.name for name, q in node.queues.items()}
+        tries: list[str] = []
+        attach, gone = MemQ.attach, labels[node.queue(A_TO_B)]
+
+        def flaky(label: str) -> MemQ:
+            if label == gone and len(tries) < 3:
+                tries.append(label)
+                raise QueueNotFound("not yet")
+            return attach(label)
+
+        def fails(plan: Any) -> None:
+            if len(tries) == 2:
+                tries.append("")
+                raise ZeroDivisionError("a bug")
+            rewire(plan)
+
+        node.ferry.close()
+        node.ferry = ferries.Ferry("1", "run", node.lines, node._changed)
+        rewire = node.ferry._rewire
+        monkeypatch.setattr(MemQ, "attach", staticmethod(flaky))
+        monkeypatch.setattr(node.ferry, "_rewire", fails)
+        node.ferry.follow(node.plan, labels)
+        await until(lambda: node.state(A_TO_B).settled)
+        assert tries == [gone, gone, ""]
 
 
 async def test_a_mirror_that_failed_for_good_is_opened_again_and_nothing_is_lost_or_repeated(

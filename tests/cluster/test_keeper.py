@@ -209,6 +209,23 @@ async def test_kill_9_of_the_agent_that_started_it(held: MakeHeld, tmp_path: Pat
     assert here.lost == []
 
 
+async def test_a_lost_keeper_is_told_although_what_it_left_cannot_be_swept(
+    held: MakeHeld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = held(chain(one("a", "source"), one("b")), a=endless, b=slow)
+    await running(here)
+
+    def full(*_: object) -> None:
+        raise OSError("out of descriptors")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segment, "sweep", full)
+        here.keeper.kill()
+        await until(lambda: here.lost)
+    assert "signal 9" in here.lost[0]
+    segment.sweep()
+
+
 async def test_kill_9_of_the_keeper_leaves_nothing(held: MakeHeld) -> None:
     here = held(chain(one("a", "source"), one("b", workers=2)), a=endless, b=slow)
     await running(here)

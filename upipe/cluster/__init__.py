@@ -24,7 +24,8 @@ Which worker runs where
     placement.py     which worker on which node (pure)     room.py         nodes that fill (pure)
     sizes.py         memory of queues (pure)               offers.py       what a node offers to a pipe (pure)
     lanes.py         queues between nodes (pure)           layout.py       what one node does (pure)
-    desk.py          where the submitting process is served    backlog.py  what waits for a full disk (pure)
+    mending.py       mirrors that broke (pure)             backlog.py      what waits for a full disk (pure)
+    desk.py          where the submitting process is served
 A pipe on a node
     parts.py         all parts of pipes here               part.py         one: keeper, ferry, reports
     store.py         contents by SHA-256                   fitting.py      does this node fit what a pipe brings?

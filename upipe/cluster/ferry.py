@@ -260,7 +260,17 @@ class Ferry:
 
     def _try_again(self) -> None:
         if self._retry is None and self._plan is not None:
-            self._retry = self._loop.call_later(AGAIN, self.follow, self._plan, self._labels)
+            self._retry = self._loop.call_later(AGAIN, self._follow_again)
+
+    def _follow_again(self) -> None:
+        self._retry = None
+        if self._plan is None:
+            return
+        try:
+            self.follow(self._plan, self._labels)
+        except Exception:  # a bug; it is not the end of trying
+            log.exception("pipe %s: its mirrors cannot be set up, and are tried again", self.pipe)
+            self._try_again()
 
     def _mirror(self, station: _Station, plan: MirrorPlan) -> None:
         name = self._name(plan)
