@@ -144,7 +144,12 @@ class Keeper:
                 f"the keeper in {self.directory} lives and does not answer within {REACH:g} s; "
                 f"look at {self.output()}, or kill it: what it runs is then begun elsewhere"
             ) from None
+        self._sweep()  # one that died while no agent lived has left its session
         return False
+
+    def _sweep(self) -> None:
+        segment.sweep()
+        asyncio.get_running_loop().call_later(SWEEP, segment.sweep)
 
     def _holder(self) -> int:
         """A pidfd of the process that holds its lock, as the file says; -1: none does."""
@@ -347,8 +352,7 @@ class Keeper:
         self._lives()  # its socket goes
         self.pid, self._newest = 0, None  # another life shall not begin with a plan of this one
         if self.news is None or self.news.present:
-            segment.sweep()
-            asyncio.get_running_loop().call_later(SWEEP, segment.sweep)
+            self._sweep()
             self._on_lost(self._why or f"the keeper of this pipe ended{status}: {self._last_line()}")
             self._why = ""
 
