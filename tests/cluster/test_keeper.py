@@ -246,6 +246,19 @@ async def test_kill_9_of_the_keeper_leaves_nothing(held: MakeHeld) -> None:
     await here.stop()
 
 
+async def test_what_a_keeper_left_that_died_while_no_agent_lived_is_swept_by_the_next(held: MakeHeld) -> None:
+    here = held(chain(one("a", "source"), one("b")), a=endless, b=slow)
+    await running(here)
+    session = segment.root() / here.news.session
+    here.keeper.close()  # the agent is gone
+    os.kill(here.keeper.pid, signal.SIGKILL)
+    for pid in here.pids:
+        await gone(pid)
+    assert session.exists()
+    assert not await here.agent().find()
+    assert not session.exists()
+
+
 async def test_a_keeper_that_stays_stopped_is_killed_and_counts_as_lost(
     held: MakeHeld, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -202,6 +202,10 @@ async def test_a_report_for_a_pipe_that_is_over_is_answered_by_a_stop(tmp_path):
         await until(lambda: ordered)
         assert ordered[0][1].plan is None and ordered[0][1].fence > fence
         assert part.orders.plan is None
+        ordered.clear()  # and of a node whose agent was dead at the end, and whose keeper is lost
+        left.agent.pipes.reported("words-1", NodeReport(right.id, 3 << 40, fence, False, True))
+        await until(lambda: ordered)
+        assert ordered[0][1].plan is None
 
 
 async def test_metrics_tell_of_nodes_pipes_and_streams(tmp_path):

@@ -139,6 +139,7 @@ class Keeper:
                 while True:
                     try:
                         if not self._lives():
+                            self._sweep()  # one that died while no agent lived has left its session
                             return False
                         if await self._connect():
                             return True
@@ -150,6 +151,10 @@ class Keeper:
                 f"the keeper in {self.directory} lives and does not answer within {REACH:g} s{trouble}; "
                 f"look at {self.output()}, or kill it: what it runs is then begun elsewhere"
             ) from None
+
+    def _sweep(self) -> None:
+        _sweep()
+        asyncio.get_running_loop().call_later(SWEEP, _sweep)
 
     def _holder(self) -> int:
         """A pidfd of the process that holds its lock, as the file says; -1: none does."""
@@ -352,8 +357,7 @@ class Keeper:
         self._lives()  # its socket goes
         self.pid, self._newest = 0, None  # another life shall not begin with a plan of this one
         if self.news is None or self.news.present:
-            _sweep()
-            asyncio.get_running_loop().call_later(SWEEP, _sweep)
+            self._sweep()
             self._on_lost(self._why or f"the keeper of this pipe ended{status}: {self._last_line()}")
             self._why = ""
 

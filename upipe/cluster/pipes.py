@@ -332,7 +332,7 @@ class Pipes:
         """
         entry = self.entries.get(pipe)
         if entry is None and pipe in self.history:
-            if report.present:
+            if report.present or report.lost or report.failed:  # it has not obeyed a stop
                 self._end_there(pipe, report.node)
             return
         entry = self.known.entry(pipe)
