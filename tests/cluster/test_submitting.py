@@ -13,6 +13,7 @@ import pytest
 from tests.cluster.nodes import ROOT, Nodes, nodes_of
 from upipe import Pipe, Place, Processor
 from upipe.cluster import routes, token
+from upipe.cluster.submitting import forgotten
 
 pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.timeout(150)]
 DEADLINE = 90.0
@@ -108,3 +109,17 @@ async def test_a_job_outlives_its_agent_and_whoever_follows_it_hears_its_status(
         await asyncio.to_thread(fifo.write_text, "go on")
         assert await process.stdout.read() == b"last\n"
         assert await process.wait() == 6
+
+
+def test_what_the_death_of_a_node_forgets_is_told() -> None:
+    class Keeps:
+        def process(self, value: int) -> int:
+            return value
+
+        def checkpoint(self) -> int:
+            return 0
+
+    source = Processor("source", lambda: iter(()), resume=True)
+    said = forgotten([source, Processor("keeps", Keeps), Processor("plain", double)])
+    assert said.endswith("'source' (resume=True) from the first value; 'keeps' without its checkpoint")
+    assert forgotten([Processor("plain", double)]) == ""
