@@ -8,26 +8,24 @@ from typing import TYPE_CHECKING
 import click
 
 from upipe.cli import render
-from upipe.cli.extra import needs_cluster
+from upipe.cli.extra import Asked, asks, needs_cluster
 
 if TYPE_CHECKING:
     from upipe.cluster.wire import Member, PipeInfo
 
-_TO = click.option("--to", default="auto", metavar="HOST:PORT", help="Agent to ask; default as start(cluster='auto').")
-
 
 @click.command(short_help="List the nodes of the cluster.")
-@_TO
+@asks
 @needs_cluster
-def nodes(to: str) -> None:
-    """List the nodes of the cluster, with what they have."""
+def nodes(to: Asked) -> None:
+    """List the nodes of the cluster, with what they have; shm is shared memory that queues can still take."""
     render.terminal().print(asyncio.run(_nodes(to)))
 
 
 @click.command(short_help="List pipes: their workers, and what passed through.")
-@_TO
+@asks
 @needs_cluster
-def pipes(to: str) -> None:
+def pipes(to: Asked) -> None:
     """List the pipes that the node knows: where their workers are, and what passed through."""
     render.terminal().print(asyncio.run(_pipes(to)))
 
@@ -38,20 +36,20 @@ def pipe() -> None:
 
 
 @pipe.command("stop")
-@_TO
+@asks
 @click.argument("id")
 @needs_cluster
-def stop(to: str, id: str) -> None:  # noqa: A002
+def stop(to: Asked, id: str) -> None:  # noqa: A002
     """End pipe ID now; frames that are on their way are lost."""
     click.echo(asyncio.run(_end(to, id, "stop", 10.0)))
 
 
 @pipe.command("drain")
-@_TO
+@asks
 @click.option("--deadline", default=30.0, show_default=True, help="Seconds after which it is stopped.")
 @click.argument("id")
 @needs_cluster
-def drain(to: str, deadline: float, id: str) -> None:  # noqa: A002
+def drain(to: Asked, deadline: float, id: str) -> None:  # noqa: A002
     """Let pipe ID take no more in, finish what it has, and end."""
     click.echo(asyncio.run(_end(to, id, "drain", deadline)))
 
@@ -59,13 +57,13 @@ def drain(to: str, deadline: float, id: str) -> None:  # noqa: A002
 # ---------------------------------------------------------------------------------------------------- doing
 
 
-async def _nodes(to: str) -> render.Picture:
+async def _nodes(to: Asked) -> render.Picture:
     from upipe.cluster.reach import reach
     from upipe.cluster.routes import MEMBERS
 
-    async with (await reach(to)).client() as client:
+    async with (await reach(to.where, own=to.own)).client() as client:
         found = await client.call(MEMBERS)
-    columns = ("node", "state", "address", "CPUs", "memory", "GPUs", "load", "labels")
+    columns = ("node", "state", "address", "CPUs", "memory", "shm", "GPUs", "load", "labels")
     return render.listing(columns, [_node(one) for one in found.members], "no nodes")
 
 
@@ -75,14 +73,15 @@ def _node(one: Member) -> tuple[str, ...]:
     labels = " ".join(f"{name}={value}" for name, value in sorted(info.labels.items()))
     where = str(info.addresses[0]) if info.addresses else ""
     gpus = str(len(has.gpus)) if has.gpus else ""
-    return (info.node_id, state, where, f"{has.cpu:g}", render.size(has.memory), gpus, f"{info.load:.1f}", labels)
+    sizes = render.size(has.memory), render.size(info.free_shared_memory)
+    return (info.node_id, state, where, f"{has.cpu:g}", *sizes, gpus, f"{info.load:.1f}", labels)
 
 
-async def _pipes(to: str) -> render.Picture:
+async def _pipes(to: Asked) -> render.Picture:
     from upipe.cluster.reach import reach
     from upipe.cluster.routes import PIPES
 
-    async with (await reach(to)).client() as client:
+    async with (await reach(to.where, own=to.own)).client() as client:
         found = await client.call(PIPES)
     columns = ("pipe", "state", "emitted", "finished", "dead", "dropped", "workers by node")
     return render.listing(columns, map(_pipe, found.pipes), "no pipes", filter(None, map(_why, found.pipes)))
@@ -115,12 +114,12 @@ def _crew(name: str, numbers: list[str]) -> str:
     return f"{name}#{','.join(numbers)}"
 
 
-async def _end(to: str, pipe: str, how: str, deadline: float) -> str:
+async def _end(to: Asked, pipe: str, how: str, deadline: float) -> str:
     from upipe.cluster import wire
     from upipe.cluster.reach import reach
     from upipe.cluster.routes import DRAIN, STOP
 
-    async with (await reach(to)).client() as client:
+    async with (await reach(to.where, own=to.own)).client() as client:
         info = await client.call(STOP if how == "stop" else DRAIN, wire.Stopping(deadline), pipe=pipe)
     done = "is told to stop" if how == "stop" else f"drains, for {deadline:g} s at most"
     return f"{info.pipe} {info.told.state}" if info.closed else f"{info.pipe} {done}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from upipe.cli import render
-from upipe.cli.extra import needs_cluster
+from upipe.cli.extra import Asked, asks, needs_cluster
 from upipe.errors import NodeTimeout, NodeUnreachable
 
 if TYPE_CHECKING:
@@ -25,14 +25,13 @@ STOP_SECONDS = 10.0
 """Seconds that a script has to end when Ctrl-C stops it."""
 RETRIES = 60
 """Seconds that an agent may be away (a restart) before following its job is given up."""
-_TO = click.option("--to", default="auto", metavar="HOST:PORT", help="Agent to ask; default as start(cluster='auto').")
 
 
 @click.command(
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
     short_help="Run a script on the cluster, and follow its output.",
 )
-@_TO
+@asks
 @click.option("--cluster", default="", help="Name that the cluster must have.")
 @click.option("--name", default="", help="Of the job; default the script's.")
 @click.option("--env", "environment", multiple=True, metavar="K=V", help="For the script; may be given again.")
@@ -45,7 +44,7 @@ _TO = click.option("--to", default="auto", metavar="HOST:PORT", help="Agent to a
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @needs_cluster
 def submit(
-    to: str, cluster: str, name: str, environment: tuple[str, ...], detach: bool, working_dir: Path, script: str,
+    to: Asked, cluster: str, name: str, environment: tuple[str, ...], detach: bool, working_dir: Path, script: str,
     arguments: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Run a script on a node of the cluster, follow its output, and end with its exit status.
@@ -73,18 +72,18 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 @click.command(short_help="List submitted scripts.")
-@_TO
+@asks
 @needs_cluster
-def jobs(to: str) -> None:
+def jobs(to: Asked) -> None:
     """List the scripts that were submitted to a node."""
     render.terminal().print(_run(_jobs(to)))
 
 
 @click.command(short_help="Print what a submitted script prints.")
-@_TO
+@asks
 @click.argument("job")
 @needs_cluster
-def logs(to: str, job: str) -> None:
+def logs(to: Asked, job: str) -> None:
     """Print what JOB printed, and go on until it has ended; ends with its exit status. Ctrl-C only ends the looking."""
     try:
         raise SystemExit(asyncio.run(_follow(to, job)))
@@ -93,11 +92,11 @@ def logs(to: str, job: str) -> None:
 
 
 @click.command(short_help="Stop a submitted script.")
-@_TO
+@asks
 @click.option("--deadline", default=STOP_SECONDS, show_default=True, help="Seconds to end by itself.")
 @click.argument("job")
 @needs_cluster
-def stop(to: str, deadline: float, job: str) -> None:
+def stop(to: Asked, deadline: float, job: str) -> None:
     """Stop JOB: SIGTERM, and SIGKILL after the deadline."""
     info = _run(_stop(to, job, deadline))
     click.echo(f"{info.job} {info.state}" + ("" if info.status is None else f" with exit status {info.status}"))
@@ -110,14 +109,14 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(work)
 
 
-async def _client(to: str, cluster: str = "") -> Client:
+async def _client(to: Asked, cluster: str = "") -> Client:
     from upipe.cluster.reach import reach
 
-    return (await reach(to, cluster=cluster)).client()
+    return (await reach(to.where, cluster=cluster, own=to.own)).client()
 
 
 async def _submitted(
-    to: str, cluster: str, name: str, directory: Path, words: tuple[str, ...], environment: dict[str, str]
+    to: Asked, cluster: str, name: str, directory: Path, words: tuple[str, ...], environment: dict[str, str]
 ) -> JobInfo:
     from upipe.cluster import archive, wire
     from upipe.cluster.routes import RUN_JOB
@@ -132,7 +131,7 @@ async def _submitted(
         return await client.call(RUN_JOB, job)
 
 
-def _followed(to: str, job: str) -> int:
+def _followed(to: Asked, job: str) -> int:
     """Exit status of the script; Ctrl-C stops it first."""
     try:
         return _run(_follow(to, job))
@@ -145,7 +144,7 @@ def _followed(to: str, job: str) -> int:
     return 130
 
 
-async def _follow(to: str, job: str) -> int:
+async def _follow(to: Asked, job: str) -> int:
     """Print its output until it has ended. An agent that restarts is waited for: the job goes on meanwhile."""
     from upipe.cluster.routes import JOB
 
@@ -189,7 +188,7 @@ def _status(info: JobInfo) -> int:
     return info.status if info.status >= 0 else 128 - info.status
 
 
-async def _jobs(to: str) -> render.Picture:
+async def _jobs(to: Asked) -> render.Picture:
     from upipe.cluster.routes import JOBS
 
     async with await _client(to) as client:
@@ -198,7 +197,7 @@ async def _jobs(to: str) -> render.Picture:
     return render.listing(("job", "state", "status", "node"), rows, "no jobs")
 
 
-async def _stop(to: str, job: str, deadline: float) -> JobInfo:
+async def _stop(to: Asked, job: str, deadline: float) -> JobInfo:
     from upipe.cluster import wire
     from upipe.cluster.routes import STOP_JOB
 

@@ -16,6 +16,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 
+from upipe import __version__
 from upipe.cluster import tls, token
 from upipe.cluster.address import DEFAULT_PORT, Address, parse
 from upipe.cluster.client import Client, Target
@@ -25,9 +26,10 @@ from upipe.cluster.messages import PROTOCOL, NodeInfo
 from upipe.cluster.node_id import default_data_dir
 from upipe.cluster.routes import MEMBERS, NODE
 from upipe.cluster.token import Secret
-from upipe.errors import ClusterError, NoAgent, NodeUnproven
+from upipe.errors import ClusterError, NoAgent, NodeTimeout, NodeUnreachable
 from upipe.memq.layout import LAYOUT_VERSION
 from upipe.pipe import CLUSTER_VARIABLE, LOCAL
+from upipe.settings import Certificates
 
 SOCKET = "node.sock"
 """Of an agent, in its data directory."""
@@ -60,37 +62,39 @@ class Reached:
 Browse = Callable[[], Awaitable[list[Hint]]]
 
 
-async def reach(where: str = "auto", *, cluster: str = "", browse: Browse | None = None) -> Reached:
+async def reach(
+    where: str = "auto", *, cluster: str = "", own: Certificates | None = None, browse: Browse | None = None
+) -> Reached:
     """Find an agent.
 
     Args:
         where: "auto" or HOST:PORT.
         cluster: name that its cluster must have; "": any.
+        own: certificates of one's own; None: as $UPIPE_CA, $UPIPE_CERTIFICATE and $UPIPE_KEY say, else derived ones.
         browse: listens for advertisements; for tests.
 
     Raises:
-        TokenError: there is no token to ask with. OptionInvalid: `where` is no address.
-        NoAgent: names everything that was tried and what came of it.
+        TokenError: there is no token to ask with. CertificateError: one's own cannot be used.
+        OptionInvalid: `where` is no address. NoAgent: names everything that was tried and what came of it.
     """
     secret = token.load()
-    credentials = tls.issue(secret, tls.Identity("client", secrets.token_hex(8)))
+    credentials = tls.client(secret, secrets.token_hex(8), own or tls.named(os.environ))
     tried: list[str] = []
-    unproven: NodeUnproven | None = None
+    silent = True
     async for told, target in _candidates(where, secret, browse or browsed, tried):
         try:
             async with Client(target, secret, credentials) as client:
                 return await _asked(client, target, secret, credentials, cluster)
         except ClusterError as error:
-            unproven = error if isinstance(error, NodeUnproven) else unproven
+            silent = silent and isinstance(error, NodeUnreachable | NodeTimeout)
             tried.append(f"{told}: {error}" if told else str(error))
-    todo = "Start one with `upipe-node`, or name one: HOST:PORT"
-    if where != "auto" or os.environ.get(CLUSTER_VARIABLE, "auto") not in ("auto", LOCAL):
-        todo = "Is that the right address?"
-    if unproven is not None:
-        todo = "Use the token of that cluster: $UPIPE_TOKEN_FILE or ~/.config/upipe/token"
     told = "; ".join(tried)
-    stop = "" if told.endswith("?") else "."
-    raise NoAgent(f"no agent of this cluster ({secret.fingerprint}) answers. Tried: {told}{stop} {todo}")
+    todo = ""  # what answered, and is none of ours, says itself what to do
+    if silent:
+        named = where != "auto" or os.environ.get(CLUSTER_VARIABLE, "auto") not in ("auto", LOCAL)
+        todo = "Is that the right address?" if named else "Start one with `upipe-node`, or name one: HOST:PORT"
+        todo = f" {todo}" if told.endswith("?") else f". {todo}"
+    raise NoAgent(f"no agent of this cluster ({secret.fingerprint}) answers. Tried: {told}{todo}")
 
 
 async def _candidates(
@@ -146,11 +150,14 @@ async def _asked(
     status = await client.call(NODE, seconds=ASK)
     info = status.info
     if cluster and info.cluster != cluster:
-        raise NoAgent(f"it is of the cluster {info.cluster!r}, and {cluster!r} was asked for")
+        raise NoAgent(
+            f"{target} is of the cluster {info.cluster!r}, and {cluster!r} was asked for: name a node of that one, or "
+            "leave out --cluster"
+        )
     if (info.protocol, info.layout) != (PROTOCOL, LAYOUT_VERSION):
         raise NoAgent(
-            f"it runs uPipe {info.version} (protocol {info.protocol}, layout {info.layout}), and this process speaks "
-            f"protocol {PROTOCOL}, layout {LAYOUT_VERSION}: use one version of uPipe"
+            f"{target} runs uPipe {info.version} (protocol {info.protocol}, layout {info.layout}), and this process is "
+            f"{__version__} (protocol {PROTOCOL}, layout {LAYOUT_VERSION}): install the same version on both"
         )
     members = await client.call(MEMBERS, seconds=ASK)
     addresses = {one.info.node_id: one.info.addresses for one in members.members if one.state in ("alive", "suspect")}
