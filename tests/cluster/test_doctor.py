@@ -92,7 +92,7 @@ def test_that_this_host_hears_itself_is_not_enough() -> None:
     assert "no node of another host is heard" in one.what and "the network drops it" in one.todo
     others = replace(WELL, heard=frozenset(["a", "b"]))
     [well] = [one for one in examine(WANTED, others, NOW) if one.check == "multicast"]
-    assert (well.level, well.what) == ("ok", "sent and received, 2 other nodes heard")
+    assert (well.level, well.what) == ("ok", "sent and received; nodes of other hosts that were heard: 2")
     one = found("multicast", unheard=("node x at 10.0.0.7 is reached, and not heard", "another"))
     assert one.level == "warning" and "10.0.0.7" in one.what
 

@@ -64,7 +64,10 @@ async def _nodes(to: Asked) -> render.Picture:
     async with (await reach(to.where, own=to.own)).client() as client:
         found = await client.call(MEMBERS)
     columns = ("node", "state", "address", "CPUs", "memory", "shm", "GPUs", "load", "labels")
-    return render.listing(columns, [_node(one) for one in found.members], "no nodes")
+    rows = [_node(one) for one in found.members]
+    shown = [number for number in range(len(columns)) if columns[number] != "GPUs" or any(row[number] for row in rows)]
+    picked = [tuple(row[number] for number in shown) for row in (columns, *rows)]  # labels need the room, in 80 columns
+    return render.listing(picked[0], picked[1:], "no nodes")
 
 
 def _node(one: Member) -> tuple[str, ...]:

@@ -295,8 +295,8 @@ class Client:
 def told(where: str, error: BaseException) -> ClusterError:
     """The exception of ours for one of the network's. Pure."""
     inner = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
-    if isinstance(error.__cause__, ssl.SSLError):
-        inner = error.__cause__  # an alert that came after our side of the handshake, as aiohttp passes it on
+    if inner is error and not isinstance(error, ssl.SSLError):
+        inner = _alert(error) or error
     if isinstance(error, (aiohttp.ClientSSLError, ssl.SSLError)) or isinstance(inner, ssl.SSLError):
         said = (
             "does not take us for one of its cluster"
@@ -317,8 +317,18 @@ def told(where: str, error: BaseException) -> ClusterError:
     )
 
 
+def _alert(error: BaseException) -> ssl.SSLError | None:
+    """What the peer said after our side of the handshake was over, as aiohttp passes it on: below its own exception."""
+    below: BaseException | None = error
+    while below is not None and not isinstance(below, ssl.SSLError):
+        below = below.__cause__ or below.__context__
+    return below
+
+
 def _reason(error: BaseException) -> str:
     """In the system's words: asyncio's own repeat the address."""
+    if isinstance(error, aiohttp.ServerDisconnectedError) or (isinstance(error, OSError) and error.errno is None):
+        return "it ended the connection"
     if isinstance(error, OSError) and error.errno and error.errno > 0:
         return os.strerror(error.errno)
     return str(error) or type(error).__name__

@@ -197,7 +197,7 @@ def multicast(wanted: Wanted, seen: Seen) -> Iterable[Finding]:
         if fault:
             yield Finding("multicast", "warning", fault, interface, f"{name_one}, if others are there")
         elif seen.heard or seen.unheard or wanted.seeds or not exposed(wanted.host):
-            told = f", {len(seen.heard)} other nodes heard" if seen.heard else ""
+            told = f"; nodes of other hosts that were heard: {len(seen.heard)}" if seen.heard else ""
             yield Finding("multicast", "ok", f"sent and received{told}", interface)
         else:
             what = "sent and received here, but no node of another host is heard"

@@ -318,7 +318,7 @@ class Neighbours:
                 self._tell(sentences[0])  # of the others the same can be said
                 return
             known = set(met)
-            await asyncio.sleep(2 * HEAR)
+            await asyncio.sleep(HEAR)
 
     async def _look(self) -> None:
         while True:
