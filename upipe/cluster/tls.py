@@ -395,7 +395,10 @@ _VERIFY = {
     "its host as a subjectAltName, or its name, where --host and HOST:PORT say that name",
 }
 _SAME_TOKEN = "both hosts need the same token file (`upipe token show-fingerprint` on each)"
-_OTHER_CA = f"its certificate is of another CA: {_SAME_TOKEN}"
+_OTHER_CA = (
+    f"its certificate is of another CA: {_SAME_TOKEN}, or, where that one has certificates of its own, some of the "
+    "same CA (--ca, --certificate and --key, or $UPIPE_CA, $UPIPE_CERTIFICATE and $UPIPE_KEY)"
+)
 _ALERTS = {
     "UNKNOWN_CA": f"it does not know our CA: {_SAME_TOKEN}",
     "CERTIFICATE_EXPIRED": "it finds our certificate expired, by its clock: compare `date -u` on both hosts; "

@@ -3,8 +3,8 @@
 PROGRAM is "upipe-node" or a script. HOW:
 
     other-version   speaks another version of uPipe
-    short-lived     its certificates live for LIFE seconds and are renewed after RENEW, and it looks often whether those of
-                    its own were replaced. SIGUSR1 cuts every connection of an agent, for mirrors and for questions
+    short-lived     its certificates live for LIFE seconds and are renewed after RENEW, and it looks often whether one's
+                    own were replaced. SIGUSR1 cuts every connection of an agent, for mirrors and for questions
 """
 
 import asyncio
