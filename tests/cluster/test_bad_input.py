@@ -249,8 +249,9 @@ def test_a_clock_off_by_a_day(place: Place, wrong_clock: str) -> None:
         assert f"TLS problem {good}" in other and todo in other
         for agent in (first, second):
             assert todo in agent.says(f"cannot join by way of {good}.*not valid")
-        for host in (1, 2):
-            until(lambda host=host: re.search(f"{place.seed(host)}.*date -u", log_of(place)), 25, lambda: log_of(place))
+        for address in map(place.hosts.lan.ipv4, (1, 2)):
+            told = re.compile(f"{re.escape(address)}[: ].*{re.escape(todo)}")
+            until(lambda told=told: told.search(log_of(place)), 25, lambda: log_of(place))
 
 
 # ------------------------------------------------------------------------------------------------- no multicast
@@ -262,7 +263,8 @@ def test_no_multicast_on_the_network(place: Place) -> None:
         lan.multicast_passes(host, False)
     try:
         lan.multicast(3, False)
-        with place.agent(1) as alone, place.agent(2, "--join", place.seed()) as joined:
+        soon = (sys.executable, "-c", f"from upipe.cluster import neighbours; neighbours.HEAR = 2.0; {NODE[-1]}")
+        with place.agent(1, program=soon) as alone, place.agent(2, "--join", place.seed(), program=soon) as joined:
             nobody, one, own, asked = together(
                 lambda: place.doctor(1, "--port", "7421", status=0),
                 lambda: place.doctor(2, "--port", "7421", "--join", place.seed(), status=0),
