@@ -170,7 +170,8 @@ def certificate(seen: Certificate, now: datetime) -> Finding:
         return Finding("certificate", "problem", "it cannot be used", seen.where, seen.fault)
     told = f"valid until {seen.ends:%Y-%m-%d}"
     if seen.ends - now < EXPIRES_SOON:
-        return Finding("certificate", "warning", f"only {told}", seen.where, "renew it; a node takes up the new files by itself")
+        todo = "renew it; a node takes up the new files by itself"
+        return Finding("certificate", "warning", f"only {told}", seen.where, todo)
     return Finding("certificate", "ok", told, seen.where)
 
 
