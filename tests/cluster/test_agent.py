@@ -174,10 +174,10 @@ async def test_a_renewal_that_fails_is_told_and_tried_again(tmp_path, monkeypatc
         before, issue = agent.credentials, tls.issue
         failures = [OSError(24, "Too many open files"), RuntimeError("what nobody thought of")]
 
-        def failing(*arguments, **more):
-            if failures:
+        def failing(secret, identity, *more):
+            if failures and identity.id == nodes[0].id:
                 raise failures.pop(0)
-            return issue(*arguments, **more)
+            return issue(secret, identity, *more)
 
         monkeypatch.setattr(tls, "issue", failing)
         monkeypatch.setattr(tls, "RENEW", -tls.SKEW)
