@@ -31,13 +31,14 @@ from upipe.pipe import Pipe
 from upipe.processor import Processor, processor
 from upipe.runtime.report import Report
 from upipe.runtime.spool import DeadLetter
-from upipe.settings import AutoscalePolicy, Place, RestartPolicy, Settings
+from upipe.settings import AutoscalePolicy, Certificates, Place, RestartPolicy, Settings
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AutoscalePolicy",
     "CallTimeout",
+    "Certificates",
     "DType",
     "DataFrame",
     "DeadLetter",

@@ -27,7 +27,7 @@ from upipe.runtime.local import LocalRunner
 from upipe.runtime.report import Report
 from upipe.runtime.spool import DeadLetter
 from upipe.runtime.worker import Bundle
-from upipe.settings import Settings
+from upipe.settings import Certificates, Settings
 
 Check = Callable[[PipeSpec], list[str]]
 
@@ -202,7 +202,7 @@ class Pipe:
         """declared, starting, running, draining, completed, failed or stopped."""
         return self._runner.state if self._runner is not None else "declared"
 
-    async def start(self, cluster: str | None = None) -> Self:
+    async def start(self, cluster: str | None = None, *, certificates: Certificates | None = None) -> Self:
         """Start every worker; returns when all of them are ready.
 
         Args:
@@ -212,6 +212,8 @@ class Pipe:
                 this host where it says nothing.
                 This process stays a part of the pipe: what it emits comes from here, results and replies come here,
                 and the pipe ends with it.
+            certificates: your own, for the cluster; None: those that $UPIPE_CA, $UPIPE_CERTIFICATE and $UPIPE_KEY name,
+                else one is derived from the token.
 
         Raises:
             DeclarationError: nothing was started; on a cluster also when no node has room, with the reason for each.
@@ -226,7 +228,7 @@ class Pipe:
         else:
             module = _cluster_runner()
             spec, codes = self._prepare(module.cluster_problems, False)
-            runner = module.ClusterRunner(spec, codes, self.processors, where)
+            runner = module.ClusterRunner(spec, codes, self.processors, where, certificates)
         self._runner = runner
         try:
             await runner.start()

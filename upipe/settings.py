@@ -71,6 +71,22 @@ class Place(msgspec.Struct, frozen=True):
     fits, which costs frames over the network and loses less with a node."""
 
 
+class Certificates(msgspec.Struct, frozen=True):
+    """Certificates of your own for a cluster, instead of those that are derived from its token: paths on this host.
+
+        await pipe.start(cluster="node-a.example.org:7420", certificates=Certificates("ca.pem", "me.pem", "me.key"))
+
+    The CA is to sign the nodes and clients of this cluster, and nothing else.
+    """
+
+    ca: str
+    """PEM of the CA."""
+    certificate: str
+    """PEM of this process's or host's certificate, with the chain below it if there is one."""
+    key: str
+    """PEM of its key, without a passphrase, mode 0600."""
+
+
 class Settings(msgspec.Struct, frozen=True):
     """Knobs of one pipe. ``Pipe(name, settings=Settings(...))``."""
 

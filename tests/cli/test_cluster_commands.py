@@ -16,7 +16,8 @@ from upipe.cluster import token
 from upipe.cluster.doctor import Finding, Memory, Seen, Token, Wanted
 from upipe.cluster.probes import SystemProbes
 
-WELL = Seen(Memory("/dev/shm", 8 << 30, 4 << 30), 65536, "", Token("/t", "ab" * 8), "0.1.0", 1, multicast={"eth0": ""})
+WELL = Seen(Memory("/dev/shm", 8 << 30, 4 << 30), 65536, "", Token("/t", "ab" * 8), "0.1.0", 1, multicast={"eth0": ""},
+            heard=frozenset(["aa" * 8]))  # fmt: skip
 
 
 def invoke(*arguments: str) -> Result:

@@ -45,7 +45,6 @@ def test_no_token(tmp_path):
         (("--resources", "gpu=half"), "no amount"),
         (("--join", "http://x"), "no seed"),
         (("--cluster", ""), "--cluster"),
-        (("--ca", "x"), "go together"),
         (("--ca", "x", "--certificate", "y", "--key", "z"), "cannot be read"),
         (("--host", "192.0.2.1", "--port", "0"), "no address of this host"),
         (("--drain-seconds", "-1"), "--drain-seconds"),
@@ -55,6 +54,12 @@ def test_options_that_cannot_be(tmp_path, options, word):
     token.create(tmp_path / "token")
     said = one_sentence(node(tmp_path, *options))
     assert word in said or word.strip("-") in said
+
+
+@pytest.mark.slow
+def test_certificates_of_ones_own_go_together(tmp_path):
+    done = node(tmp_path, "--ca", "x")
+    assert done.returncode == 2 and "go together" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -45,6 +45,8 @@ class Survivors:
     ended: dict[Path, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     started: list[Any] = field(default_factory=list)
     """Every job that was started."""
+    fails: str = ""
+    """Why no keeper can do what its first plan says."""
 
 
 class FakeKeeper:
@@ -82,6 +84,9 @@ class FakeKeeper:
         if not self.open or self.directory not in self.crew.alive:
             return
         fence, plan = self.crew.alive[self.directory]
+        if self.crew.fails:
+            self.news(KeeperNews(failed=self.crew.fails))
+            return
         if plan is None and fence != (0, 0):
             del self.crew.alive[self.directory]
         labels = {queue.plan.name: f"session/{queue.plan.name}" for queue in plan.queues} if plan else {}

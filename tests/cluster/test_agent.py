@@ -8,7 +8,8 @@ import time
 import pytest
 
 from tests.cluster.agent_support import met, running, start, until
-from upipe.cluster import routes, wire
+from upipe.cluster import agent as module
+from upipe.cluster import routes, tls, wire
 from upipe.cluster.token import Secret
 from upipe.errors import NodeCannotServe, NodeRefused, NodeUnproven
 
@@ -164,3 +165,30 @@ async def test_draining_with_nothing_here_leaves_at_once(tmp_path):
         await asyncio.wait_for(b.agent.ended.wait(), 2.0)
         await until(lambda: b.id not in a.agent.neighbours.live(), 0.5)
         assert f"node {b.id} left" in a.said
+
+
+async def test_a_renewal_that_fails_is_told_and_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "RENEW_EVERY", 0.01)
+    async with running(tmp_path, "a", "b") as nodes:
+        agent = nodes[0].agent
+        before, issue = agent.credentials, tls.issue
+        failures = [OSError(24, "Too many open files"), RuntimeError("what nobody thought of")]
+
+        def failing(secret, identity, *more):
+            if failures and identity.id == nodes[0].id:
+                raise failures.pop(0)
+            return issue(secret, identity, *more)
+
+        monkeypatch.setattr(tls, "issue", failing)
+        monkeypatch.setattr(tls, "RENEW", -tls.SKEW)
+        await until(lambda: agent.credentials is not before)
+        monkeypatch.undo()
+        said = [line for line in nodes[0].said if "is not renewed" in line]
+        assert "Too many open files" in said[0] and "what nobody thought of" in said[1] and len(said) == 2
+        await agent.neighbours.peers.call(nodes[1].id, routes.NODE)
+
+
+def test_a_clock_that_is_set_back_makes_a_certificate_due():
+    made = tls.issue(Secret(bytes(32)), tls.Identity("client", "aa" * 8))
+    assert not made.due(made.begins + tls.SKEW)
+    assert made.due(made.begins - tls.SKEW) and made.due(made.begins + tls.SKEW + tls.RENEW)

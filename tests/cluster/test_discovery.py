@@ -201,7 +201,7 @@ def test_an_interface_that_comes_up_later_is_used(lan: Lan) -> None:
 def test_no_multicast_on_an_interface_is_told(lan: Lan) -> None:
     lan.multicast(0, False)
     first = Advertiser(lan, 0, NODE_A)
-    assert "eth0 does no multicast" in first.started["problems"][0]
+    assert "eth0: it does no multicast" in first.started["problems"][0]
     assert "--join" in first.started["problems"][0]
     first.close()
 

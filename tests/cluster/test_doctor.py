@@ -15,11 +15,14 @@ import pytest
 from tests.cluster.secure_support import CLIENT, INFO, NODE, OTHER, SECRET, running
 from upipe import __version__
 from upipe.cluster import probes, tls, token
+from upipe.cluster.address import Address
 from upipe.cluster.doctor import Certificate, Finding, Memory, Peer, Seen, Token, Wanted, examine
+from upipe.cluster.member_events import Hint
 from upipe.cluster.probes import SystemProbes
 from upipe.cluster.server import Call
 from upipe.cluster.wire import Member, Members, NodeStatus
 from upipe.memq.layout import LAYOUT_VERSION
+from upipe.settings import Certificates
 
 NOW = datetime(2026, 11, 22, tzinfo=UTC)
 GIB = 1 << 30
@@ -91,6 +94,16 @@ def test_multicast_is_missed_only_where_nothing_else_tells_of_nodes() -> None:
     assert found("multicast", replace(WANTED, seeds=()), multicast={}).where == "no interface"
 
 
+def test_that_this_host_hears_itself_is_not_enough() -> None:
+    one = found("multicast", replace(WANTED, seeds=()))
+    assert "no node of another host is heard" in one.what and "the network drops it" in one.todo
+    others = replace(WELL, heard=frozenset(["a", "b"]))
+    [well] = [one for one in examine(WANTED, others, NOW) if one.check == "multicast"]
+    assert (well.level, well.what) == ("ok", "sent and received; nodes of other hosts that were heard: 2")
+    one = found("multicast", unheard=("node x at 10.0.0.7 is reached, and not heard", "another"))
+    assert one.level == "warning" and "10.0.0.7" in one.what
+
+
 def test_a_node_on_loopback_that_knows_nobody_is_pointed_out() -> None:
     assert "--host 0.0.0.0" in found("address", Wanted()).todo
 
@@ -140,8 +153,8 @@ async def test_a_real_node_and_whom_it_knows_are_asked(tmp_path: Path) -> None:
         wanted = Wanted(seeds=(f"127.0.0.1:{node.port}", "no port"))
         mine = SystemProbes()
         credentials = tls.issue(SECRET, CLIENT)
-        seed, bad, other = await mine.peers(wanted, SECRET, credentials)
-        [stranger, _] = (await mine.peers(wanted, OTHER, tls.issue(OTHER, CLIENT)))[:2]
+        seed, bad, other = await mine.peers(wanted, [], SECRET, credentials)
+        [stranger, _] = (await mine.peers(wanted, [], OTHER, tls.issue(OTHER, CLIENT)))[:2]
         token.create(tmp_path / "own")
         (tmp_path / "own").write_text(SECRET.text())
         seen = await SystemProbes(tmp_path / "own").look(Wanted("0.0.0.0", node.port))
@@ -168,22 +181,20 @@ async def test_this_machine_is_looked_at(tmp_path: Path) -> None:
 
 async def test_certificates_of_ones_own_are_looked_at(tmp_path: Path) -> None:
     missing = tmp_path / "ca"
-    certificate, credentials = SystemProbes(own=(missing, missing, missing)).certificate(SECRET)
+    certificate, credentials = SystemProbes(own=Certificates(*[str(missing)] * 3)).certificate(SECRET)
     assert credentials is None and certificate is not None and "cannot be read" in certificate.fault
 
 
-async def test_multicast_that_does_not_come_back_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def lost(address: str) -> None:
-        if address == "10.0.0.1":
-            raise TimeoutError
-        raise OSError(19, "No such device")
-
-    monkeypatch.setattr(probes, "interfaces", lambda: [("eth0", "10.0.0.1"), ("eth1", "10.0.0.2")])
-    monkeypatch.setattr(probes, "_ask_the_group", lost)
-    seen = await SystemProbes().multicast()
-    assert "did not come back" in seen["eth0"] and "No such device" in seen["eth1"]
-
-
-def test_the_question_is_one_of_mdns() -> None:
-    assert probes.question(7)[:12] == b"\x00\x07\x00\x00\x00\x01" + bytes(6)
-    assert b"\x06_upipe\x04_tcp\x05local\x00\x00\x0c\x00\x01" in probes.question(7)
+async def test_nodes_that_advertise_themselves_are_asked_and_those_that_are_not_heard_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "found_addresses", lambda: {"eth0": ("10.0.0.1",)})
+    mine = SystemProbes()
+    hints = [Hint((Address("127.0.0.1", 1),), "zeroconf", NODE, fingerprint=SECRET.fingerprint),
+             Hint((Address("127.0.0.1", 2),), "zeroconf", "bb" * 8, fingerprint=OTHER.fingerprint)]  # fmt: skip
+    [asked] = await mine.peers(Wanted(), hints, SECRET, tls.issue(SECRET, CLIENT))
+    assert asked.address == "127.0.0.1:1"
+    here = [Peer(f"{host}:1", msgspec.structs.replace(INFO, hosts=(host,))) for host in ("10.0.0.1", "10.0.0.2")]
+    [sentence] = mine.unheard(here, [])
+    assert "10.0.0.2" in sentence
+    assert not mine.unheard(here, hints)

@@ -27,7 +27,8 @@ async def content(digest: str) -> bytes | None:
 
 
 def made(directory: Path) -> Jobs:
-    return Jobs(directory / "jobs", NODE, lambda: "127.0.0.1:7420", directory / "token", content)
+    access = {"UPIPE_TOKEN_FILE": str(directory / "token")}
+    return Jobs(directory / "jobs", NODE, lambda: "127.0.0.1:7420", access, content)
 
 
 @pytest.fixture

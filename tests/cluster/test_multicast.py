@@ -43,7 +43,7 @@ def test_what_a_machine_sees_of_itself() -> None:
         assert ask(lan) == [""]
         lan.multicast(0, False)
         assert ask(lan) == [
-            "interface eth0 does no multicast; run: ip link set eth0 multicast on (or name nodes with --join)"
+            "interface eth0: it does no multicast; run: ip link set eth0 multicast on (or name nodes with --join)"
         ]
         lan.run(0, "ip", "link", "set", "eth0", "down")
         assert "no network interface that is up" in ask(lan)[0]

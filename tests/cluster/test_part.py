@@ -326,3 +326,11 @@ async def test_after_a_reboot_it_is_told_that_all_is_lost(tmp_path):
     part.recover(orders(1))
     await until(lambda: means.told and means.told[-1].lost)
     await part.close()
+
+
+async def test_a_keeper_that_fails_in_its_first_plan_is_told_at_once(made):
+    part, means, _ = made
+    means.engines.crew.fails = "no shared memory"
+    part.order(orders(1))
+    await until(lambda: means.told)
+    assert (means.told[-1].failed, means.told[-1].present, means.told[-1].fence) == ("no shared memory", True, (0, 0))

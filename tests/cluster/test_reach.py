@@ -143,7 +143,7 @@ async def test_those_who_never_answer_are_given_up(tmp_path: Path, monkeypatch: 
 
 async def test_another_cluster_is_told_so(tmp_path: Path) -> None:
     async with support.running(tmp_path, "one", secret=OTHER) as [one]:
-        with pytest.raises(NoAgent, match=r"same token file.*Use the token of that cluster"):
+        with pytest.raises(NoAgent, match=r"same token file \(`upipe token show-fingerprint` on each\)"):
             await reach.reach(one.seed)
 
 

@@ -37,10 +37,11 @@ def test_this_machine_has_something() -> None:
     assert resources.load() >= 0.0
 
 
-def test_an_empty_machine_is_no_error(tmp_path: Path) -> None:
+def test_an_empty_machine_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = resources.detect(root=tmp_path, run=missing)
     assert (found.cpu, found.memory, found.gpus) == (len(os.sched_getaffinity(0)), 0, ())
-    assert resources.free_shared_memory(tmp_path / "nowhere") == 0
+    monkeypatch.setenv("UPIPE_SHM", str(tmp_path / "nowhere" / "below"))
+    assert resources.free_shared_memory() == 0
 
 
 def test_memory_is_the_tightest_limit_around_us_of_cgroup_v2(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -19,6 +20,7 @@ from cryptography.x509.oid import NameOID
 from tests.cluster.secure_support import CLIENT, NODE, OTHER, SECRET
 from upipe.cluster import tls
 from upipe.errors import CertificateError
+from upipe.settings import Certificates
 
 NOW = datetime.now(UTC)
 SERVER = tls.Identity("node", NODE)
@@ -41,6 +43,8 @@ def handshake(server: tls.Credentials, client: tls.Credentials | None, node: str
                 end.do_handshake()
             except ssl.SSLWantReadError:
                 continue
+    with contextlib.suppress(ssl.SSLWantReadError):
+        theirs.read()  # an alert, when the server does not want us
     theirs.write(b"x")
     assert ours.read() == b"x"
     assert ours.version() == "TLSv1.3"
@@ -176,7 +180,7 @@ class Own:
         )
 
     def bring(self, now: datetime = NOW) -> tls.Credentials:
-        return tls.bring(self.ca, self.certificate, self.key, SERVER, now)
+        return tls.bring(Certificates(*map(str, (self.ca, self.certificate, self.key))), SERVER, now)
 
 
 def test_own_certificates_go_by_their_host_names_and_make_a_node(tmp_path: Path) -> None:

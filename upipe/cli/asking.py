@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
+from upipe.cli.extra import Asked
 from upipe.errors import ClusterError, NodeRefused, NodeUnreachable
 
 if TYPE_CHECKING:
@@ -19,14 +20,14 @@ SECONDS = 5.0
 """That a node has to answer. Longer shows more of slow clusters, and waits longer for nodes that are cut off."""
 
 
-async def reached(to: str, cluster: str = "") -> Reached:
+async def reached(to: Asked, cluster: str = "") -> Reached:
     """The agent that is asked first."""
     from upipe.cluster.reach import reach
 
-    return await reach(to, cluster=cluster)
+    return await reach(to.where, cluster=cluster, own=to.own)
 
 
-async def client(to: str, cluster: str = "") -> Client:
+async def client(to: Asked, cluster: str = "") -> Client:
     """To that agent. Close it."""
     return (await reached(to, cluster)).client()
 

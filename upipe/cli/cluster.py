@@ -9,27 +9,26 @@ from typing import TYPE_CHECKING
 import click
 
 from upipe.cli import asking, render
-from upipe.cli.extra import needs_cluster
+from upipe.cli.extra import Asked, asks, needs_cluster
 
 if TYPE_CHECKING:
     from upipe.cluster.wire import Member, PipeInfo
 
 ENDED = ("completed", "failed", "stopped")
-_TO = click.option("--to", default="auto", metavar="HOST:PORT", help="Agent to ask; default as start(cluster='auto').")
 
 
 @click.command(short_help="List the nodes of the cluster.")
-@_TO
+@asks
 @needs_cluster
-def nodes(to: str) -> None:
-    """List the nodes of the cluster, with what they have."""
+def nodes(to: Asked) -> None:
+    """List the nodes of the cluster, with what they have; shm is shared memory that queues can still take."""
     render.terminal().print(asyncio.run(_nodes(to)))
 
 
 @click.command(short_help="List pipes: their workers, and what passed through.")
-@_TO
+@asks
 @needs_cluster
-def pipes(to: str) -> None:
+def pipes(to: Asked) -> None:
     """List the pipes of the cluster: where their workers are, and what passed through."""
     render.terminal().print(asyncio.run(_pipes(to)))
 
@@ -37,13 +36,16 @@ def pipes(to: str) -> None:
 # ---------------------------------------------------------------------------------------------------- doing
 
 
-async def _nodes(to: str) -> render.Picture:
+async def _nodes(to: Asked) -> render.Picture:
     from upipe.cluster.routes import MEMBERS
 
     async with await asking.client(to) as client:
         found = await client.call(MEMBERS)
-    columns = ("node", "state", "address", "CPUs", "memory", "GPUs", "load", "labels")
-    return render.listing(columns, [_node(one) for one in found.members], "no nodes")
+    columns = ("node", "state", "address", "CPUs", "memory", "shm", "GPUs", "load", "labels")
+    rows = [_node(one) for one in found.members]
+    shown = [number for number in range(len(columns)) if columns[number] != "GPUs" or any(row[number] for row in rows)]
+    picked = [tuple(row[number] for number in shown) for row in (columns, *rows)]  # labels need the room, in 80 columns
+    return render.listing(picked[0], picked[1:], "no nodes")
 
 
 def _node(one: Member) -> tuple[str, ...]:
@@ -52,10 +54,11 @@ def _node(one: Member) -> tuple[str, ...]:
     labels = " ".join(f"{name}={value}" for name, value in sorted(info.labels.items()))
     where = str(info.addresses[0]) if info.addresses else ""
     gpus = str(len(has.gpus)) if has.gpus else ""
-    return (info.node_id, state, where, f"{has.cpu:g}", render.size(has.memory), gpus, f"{info.load:.1f}", labels)
+    sizes = render.size(has.memory), render.size(info.free_shared_memory)
+    return (info.node_id, state, where, f"{has.cpu:g}", *sizes, gpus, f"{info.load:.1f}", labels)
 
 
-async def _pipes(to: str) -> render.Picture:
+async def _pipes(to: Asked) -> render.Picture:
     from upipe.cluster.routes import PIPES
 
     reached = await asking.reached(to)

@@ -10,7 +10,8 @@ import click
 import msgspec
 
 from upipe.cli import render
-from upipe.cli.extra import needs_cluster
+from upipe.cli.extra import brings_certificates, needs_cluster
+from upipe.settings import Certificates
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -21,14 +22,12 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--cluster", default="", help="Name of the cluster; peers of another one are a problem.")
 @click.option("--join", "seeds", multiple=True, metavar="HOST:PORT", help="A node to ask; may be given again.")
 @click.option("--token-file", type=_FILE, help="Default $UPIPE_TOKEN_FILE or ~/.config/upipe/token.")
-@click.option("--ca", type=_FILE, help="Certificates of your own: the CA,")
-@click.option("--certificate", type=_FILE, help="this host's certificate,")
-@click.option("--key", type=_FILE, help="and its key.")
+@brings_certificates
 @click.option("--json", "as_json", is_flag=True, help="As a JSON list.")
 @needs_cluster
 def doctor(
-    host: str, port: int, cluster: str, seeds: tuple[str, ...], token_file: Path | None, ca: Path | None,
-    certificate: Path | None, key: Path | None, as_json: bool,
+    host: str, port: int, cluster: str, seeds: tuple[str, ...], token_file: Path | None,
+    own: Certificates | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Check if a node would work here: shared memory, limits, token, port, multicast, peers, TLS, versions, clocks.
 
@@ -37,11 +36,6 @@ def doctor(
     from upipe.cluster.doctor import Wanted, examine
     from upipe.cluster.probes import SystemProbes
 
-    own = None
-    if ca and certificate and key:
-        own = (ca, certificate, key)
-    elif ca or certificate or key:
-        raise click.UsageError("--ca, --certificate and --key go together")
     wanted = Wanted(host, port, cluster, seeds)
     seen = asyncio.run(SystemProbes(token_file, own).look(wanted))
     found = examine(wanted, seen, datetime.now(UTC))

@@ -11,6 +11,9 @@ from typing import NoReturn
 
 import click
 
+from upipe.cli.extra import brings_certificates
+from upipe.settings import Certificates
+
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
@@ -25,15 +28,13 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 @click.option("--data-dir", type=_DIRECTORY, help="Default /var/lib/upipe, or ~/.local/state/upipe/node.")
 @click.option("--token-file", type=_FILE, help="Default $UPIPE_TOKEN_FILE or ~/.config/upipe/token.")
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Name by which browsers and tools may call it.")
-@click.option("--ca", type=_FILE, help="Certificates of your own: the CA,")
-@click.option("--certificate", type=_FILE, help="this host's certificate,")
-@click.option("--key", type=_FILE, help="and its key.")
+@brings_certificates
 @click.option("--no-multicast", is_flag=True, help="Neither advertise nor look for others: --join only.")
 @click.option("--drain-seconds", default=30.0, show_default=True, help="For workers to move elsewhere before it ends.")
 def main(
     cluster: str, host: str, port: int, join: tuple[str, ...], labels: tuple[str, ...], resources: tuple[str, ...],
-    data_dir: Path | None, token_file: Path | None, allow_host: tuple[str, ...], ca: Path | None,
-    certificate: Path | None, key: Path | None, no_multicast: bool, drain_seconds: float,
+    data_dir: Path | None, token_file: Path | None, allow_host: tuple[str, ...],
+    own: Certificates | None, no_multicast: bool, drain_seconds: float,
 ) -> None:  # fmt: skip
     """Run the agent of this host: it finds the others, and runs its share of their pipes.
 
@@ -45,11 +46,6 @@ def main(
         from upipe.cluster.options import Options
     except ModuleNotFoundError as error:
         _refuse(f"{error.name} is missing: pip install 'upipe[cluster]'")
-    own = None
-    if ca and certificate and key:
-        own = (ca, certificate, key)
-    elif ca or certificate or key:
-        _refuse("--ca, --certificate and --key go together")
     _run(Options(
         cluster, host, port, join, labels, resources, (data_dir or default_data_dir()).absolute(), token_file,
         allow_host, own, not no_multicast, drain_seconds,

@@ -11,7 +11,7 @@ import click
 from rich.console import Group
 
 from upipe.cli import asking, cluster, render
-from upipe.cli.extra import needs_cluster
+from upipe.cli.extra import Asked, asks, needs_cluster
 from upipe.errors import NodeTimeout, NodeUnreachable
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from upipe.cluster.wire import MirrorInfo, PipeInfo
     from upipe.runtime.spool import DeadLetter
 
-_TO = click.option("--to", default="auto", metavar="HOST:PORT", help="Agent to ask; default as start(cluster='auto').")
 _FIRST = 20
 """Dead letters that are shown."""
 
@@ -40,10 +39,10 @@ def pipe() -> None:
 
 
 @pipe.command("show")
-@_TO
+@asks
 @click.argument("id")
 @needs_cluster
-def show(to: str, id: str) -> None:  # noqa: A002
+def show(to: Asked, id: str) -> None:  # noqa: A002
     """Show pipe ID: its streams, and each queue between two hosts, with how far its copy is behind.
 
     Behind are the bytes of frames that the copy has not yet, and the age of the oldest of them; open the bytes that
@@ -53,10 +52,10 @@ def show(to: str, id: str) -> None:  # noqa: A002
 
 
 @pipe.command("output")
-@_TO
+@asks
 @click.argument("id")
 @needs_cluster
-def output(to: str, id: str) -> None:  # noqa: A002
+def output(to: Asked, id: str) -> None:  # noqa: A002
     """Print what the workers of pipe ID print, on all nodes, until it has ended; Ctrl-C only ends the looking.
 
     Each line begins with its node where there are several. A node keeps the last 8 to 16 MiB.
@@ -65,30 +64,30 @@ def output(to: str, id: str) -> None:  # noqa: A002
 
 
 @pipe.command("letters")
-@_TO
+@asks
 @click.option("--traceback", is_flag=True, help="Each with the traceback of its worker.")
 @click.argument("id")
 @needs_cluster
-def letters(to: str, traceback: bool, id: str) -> None:  # noqa: A002
+def letters(to: Asked, traceback: bool, id: str) -> None:  # noqa: A002
     """Show the dead letters of pipe ID: frames that could not be processed, with the error."""
     asyncio.run(_letters(to, id, traceback))
 
 
 @pipe.command("stop")
-@_TO
+@asks
 @click.argument("id")
 @needs_cluster
-def stop(to: str, id: str) -> None:  # noqa: A002
+def stop(to: Asked, id: str) -> None:  # noqa: A002
     """End pipe ID now; frames that are on their way are lost."""
     click.echo(asyncio.run(_end(to, id, "stop", 10.0)))
 
 
 @pipe.command("drain")
-@_TO
+@asks
 @click.option("--deadline", default=30.0, show_default=True, help="Seconds after which it is stopped.")
 @click.argument("id")
 @needs_cluster
-def drain(to: str, deadline: float, id: str) -> None:  # noqa: A002
+def drain(to: Asked, deadline: float, id: str) -> None:  # noqa: A002
     """Let pipe ID take no more in, finish what it has, and end."""
     click.echo(asyncio.run(_end(to, id, "drain", deadline)))
 
@@ -110,7 +109,7 @@ async def _known(found: Reached, peers: Peers, pipe: str) -> tuple[PipeInfo, boo
     return info, books, asking.silent(failed)
 
 
-async def _show(to: str, pipe: str) -> Group:
+async def _show(to: Asked, pipe: str) -> Group:
     from upipe.cluster.routes import MIRRORS
 
     found = await asking.reached(to)
@@ -162,7 +161,7 @@ def copies(pipe: str, mirrors: Iterable[tuple[str, MirrorInfo]]) -> render.Pictu
 # ---------------------------------------------------------------------------------------------------- what is left
 
 
-async def _output(to: str, pipe: str) -> None:
+async def _output(to: Asked, pipe: str) -> None:
     found = await asking.reached(to)
     async with asking.peers(found) as peers:
         info, _, _ = await _known(found, peers, pipe)
@@ -198,7 +197,7 @@ async def _lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         yield rest + b"\n"
 
 
-async def _letters(to: str, pipe: str, traceback: bool) -> None:
+async def _letters(to: Asked, pipe: str, traceback: bool) -> None:
     import msgspec
 
     from upipe.cluster.routes import LETTERS
@@ -240,7 +239,7 @@ def _letter(node: str, letter: DeadLetter, traceback: bool) -> str:
     return "\n".join([text, *(f"  | {line}" for line in letter.traceback.splitlines() if traceback)])
 
 
-async def _end(to: str, pipe: str, how: str, deadline: float) -> str:
+async def _end(to: Asked, pipe: str, how: str, deadline: float) -> str:
     from upipe.cluster.routes import DRAIN, STOP
 
     found = await asking.reached(to)

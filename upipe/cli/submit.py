@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from upipe.cli import asking, render
-from upipe.cli.extra import needs_cluster
+from upipe.cli.extra import Asked, asks, needs_cluster
 from upipe.errors import NodeRefused, NodeTimeout, NodeUnreachable
 
 if TYPE_CHECKING:
@@ -26,14 +26,13 @@ STOP_SECONDS = 10.0
 """Seconds that a script has to end when Ctrl-C stops it."""
 RETRIES = 60
 """Seconds that an agent may be away (a restart) before following its job is given up."""
-_TO = click.option("--to", default="auto", metavar="HOST:PORT", help="Agent to ask; default as start(cluster='auto').")
 
 
 @click.command(
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
     short_help="Run a script on the cluster, and follow its output.",
 )
-@_TO
+@asks
 @click.option("--cluster", default="", help="Name that the cluster must have.")
 @click.option("--name", default="", help="Of the job; default the script's.")
 @click.option("--env", "environment", multiple=True, metavar="K=V", help="For the script; may be given again.")
@@ -46,7 +45,7 @@ _TO = click.option("--to", default="auto", metavar="HOST:PORT", help="Agent to a
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @needs_cluster
 def submit(
-    to: str, cluster: str, name: str, environment: tuple[str, ...], detach: bool, working_dir: Path, script: str,
+    to: Asked, cluster: str, name: str, environment: tuple[str, ...], detach: bool, working_dir: Path, script: str,
     arguments: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Run a script on a node of the cluster, follow its output, and end with its exit status.
@@ -87,28 +86,28 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 @click.command(short_help="List submitted scripts.")
-@_TO
+@asks
 @needs_cluster
-def jobs(to: str) -> None:
+def jobs(to: Asked) -> None:
     """List the scripts that were submitted to any node of the cluster."""
     render.terminal().print(_run(_jobs(to)))
 
 
 @click.command(short_help="Print what a submitted script prints.")
-@_TO
+@asks
 @click.argument("job")
 @needs_cluster
-def logs(to: str, job: str) -> None:
+def logs(to: Asked, job: str) -> None:
     """Print what JOB printed, and go on until it has ended; ends with its exit status. Ctrl-C only ends the looking."""
     raise SystemExit(_run(_follow(to, job)))
 
 
 @click.command(short_help="Stop a submitted script.")
-@_TO
+@asks
 @click.option("--deadline", default=STOP_SECONDS, show_default=True, help="Seconds to end by itself.")
 @click.argument("job")
 @needs_cluster
-def stop(to: str, deadline: float, job: str) -> None:
+def stop(to: Asked, deadline: float, job: str) -> None:
     """Stop JOB: SIGTERM, and SIGKILL after the deadline."""
     info = _run(_stop(to, job, deadline))
     click.echo(f"{info.job} {info.state}" + ("" if info.status is None else f" with exit status {info.status}"))
@@ -121,7 +120,7 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(work)
 
 
-async def _client_for(to: str, job: str) -> Client:
+async def _client_for(to: Asked, job: str) -> Client:
     """To the node that runs or ran the job, whichever was asked to. Close it.
 
     Raises:
@@ -149,7 +148,7 @@ async def _client_for(to: str, job: str) -> Client:
 
 
 async def _submitted(
-    to: str, cluster: str, job: str, directory: Path, words: tuple[str, ...], environment: dict[str, str]
+    to: Asked, cluster: str, job: str, directory: Path, words: tuple[str, ...], environment: dict[str, str]
 ) -> JobInfo:
     from upipe.cluster import archive, wire
     from upipe.cluster.routes import RUN_JOB
@@ -163,7 +162,7 @@ async def _submitted(
         return await client.call(RUN_JOB, request)
 
 
-def _followed(to: str, job: str) -> int:
+def _followed(to: Asked, job: str) -> int:
     """Exit status of the script; Ctrl-C stops it first."""
     try:
         return _run(_follow(to, job))
@@ -176,7 +175,7 @@ def _followed(to: str, job: str) -> int:
     return 130
 
 
-async def _follow(to: str, job: str) -> int:
+async def _follow(to: Asked, job: str) -> int:
     """Print its output until it has ended. An agent that restarts is waited for: the job goes on meanwhile."""
     from upipe.cluster.routes import JOB
 
@@ -220,7 +219,7 @@ def _status(info: JobInfo) -> int:
     return info.status if info.status >= 0 else 128 - info.status
 
 
-async def _jobs(to: str) -> render.Picture:
+async def _jobs(to: Asked) -> render.Picture:
     from upipe.cluster.routes import JOBS
 
     reached = await asking.reached(to)
@@ -233,7 +232,7 @@ async def _jobs(to: str) -> render.Picture:
     return render.listing(("job", "state", "status", "node"), rows, "no jobs", asking.silent(failed))
 
 
-async def _stop(to: str, job: str, deadline: float) -> JobInfo:
+async def _stop(to: Asked, job: str, deadline: float) -> JobInfo:
     from upipe.cluster import wire
     from upipe.cluster.routes import STOP_JOB
 

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from msgspec.structs import replace
 
+from upipe.cluster import doctor, tls, token
 from upipe.cluster import member_events as events
-from upipe.cluster import token
 from upipe.cluster.address import Address
 from upipe.cluster.audit import Audit
 from upipe.cluster.errands import Errands
@@ -50,6 +50,7 @@ from upipe.cluster.parts import Parts
 from upipe.cluster.peers import Peers
 from upipe.cluster.pipe_requests import PipeRequests
 from upipe.cluster.pipes import Pipes
+from upipe.cluster.probes import SystemProbes
 from upipe.cluster.resources import detect
 from upipe.cluster.server import Server
 from upipe.cluster.store import Store
@@ -61,8 +62,9 @@ if TYPE_CHECKING:
 
 LOOK_AT_PARTS = 0.1
 """Seconds between two looks whether all workers have moved, while draining."""
-RENEW_EVERY = 3600.0
-"""Seconds between two looks whether the certificate is to be made anew."""
+RENEW_EVERY = 60.0
+"""Seconds between two looks whether the certificate is to be made anew, or one's own files were replaced. Short, since
+a clock that is set right, or a machine that slept for a week, makes it due at once."""
 log = logging.getLogger("upipe.cluster")
 
 
@@ -145,7 +147,7 @@ class Agent:
         audit = Audit(self._data.path / "audit" / "log", secret.bearer)
         self._open.append(_later(audit.close))
         self._make_parts(me)
-        server = self._server = Server(self._policy(me), self._handlers().all(), audit)
+        server = self._server = Server(self._policy(me), self._handlers().all(), audit, tell=self._tell)
         self._open.append(self._stop_server)
         self._open.append(_later(self.lines.close))  # first: the server waits for connections that are mirrors
         bound = server.listen_tcp(options.host, options.port, self.credentials)
@@ -214,10 +216,15 @@ class Agent:
             return await asyncio.to_thread(lambda: b"".join(self.store.read(sha256)))
 
         token_file = self.settled.options.token_file or token.place()
-        return Jobs(self._data.path / "jobs", self.identity.node_id, self._near, token_file.absolute(), content)
+        own = self.settled.options.own
+        access = {token.VARIABLE: str(token_file.absolute()), **(tls.variables(own) if own else {})}
+        return Jobs(self._data.path / "jobs", self.identity.node_id, self._near, access, content)
 
     def _near(self) -> str:
-        """Where processes of this host find us."""
+        """Where processes of this host find us. One's own certificates carry the names that others dial, perhaps no
+        loopback."""
+        if not self.credentials.derived:
+            return str(self.neighbours.info.addresses[0])
         hosts = [host for host, _ in self._bound]
         anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
         host = next((one for one in hosts if one.startswith("127.") or one in anywhere), hosts[0])
@@ -233,6 +240,9 @@ class Agent:
         self._tell(f"token fingerprint {secret.fingerprint}")
         seeds = ", ".join(map(str, self.settled.seeds)) or "none"
         self._tell(f"seeds: {seeds}; multicast: {'on' if options.multicast else 'off'}")
+        found = doctor.memory(SystemProbes().memory())
+        if found.level == "problem":
+            self._tell(f"shared memory: {found.what}, at {found.where}: pipes get other nodes. {found.todo}")
 
     # ------------------------------------------------------------------ while it runs
 
@@ -257,16 +267,35 @@ class Agent:
         await self.neighbours.peers.line(node, link)
 
     async def _renew(self) -> None:
+        said = ""
         while True:
             await asyncio.sleep(RENEW_EVERY)
-            self.renew(datetime.now(UTC))
+            try:
+                self.renew(datetime.now(UTC))
+                said = ""
+            except Exception as error:  # no descriptor, a file that is just being replaced: the next look may do
+                why = str(error) or type(error).__name__
+                if why != said:
+                    self._tell(f"the certificate of this node is not renewed: {why}; the one in use ends at "
+                               f"{self.credentials.ends:%Y-%m-%d %H:%M} UTC. It is tried again")  # fmt: skip
+                said = why
 
     def renew(self, now: datetime) -> None:
-        """Make a new certificate when it is time."""
-        if self.credentials.due(now):
-            self.credentials = self.settled.credentials(self.identity.node_id)
-            self._server.renew(self.credentials)
-            self.neighbours.peers.renew(self.credentials)
+        """Show a new certificate when it is time for one, or the user has replaced the files of their own.
+
+        Raises:
+            CertificateError, OSError: it cannot be had; the one in use stays, and the next call tries again.
+        """
+        if self.credentials.derived and not self.credentials.due(now):
+            return
+        made = self.settled.credentials(self.identity.node_id)
+        if (made.ca, made.certificate) == (self.credentials.ca, self.credentials.certificate):
+            return
+        self._server.renew(made)
+        self.neighbours.peers.renew(made)
+        self.credentials = made  # last: what failed above is done again
+        if not made.derived:
+            self._tell(f"shows another certificate from now on, valid until {made.ends:%Y-%m-%d %H:%M} UTC")
 
     # ------------------------------------------------------------------ ending
 

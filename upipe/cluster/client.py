@@ -9,12 +9,14 @@ cookies are off.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -101,6 +103,7 @@ class Client:
             raise ValueError("a node over TCP is dialled with TLS: credentials are needed")
         self.target = target
         self._secret = secret
+        self._credentials = credentials
         self._sleep = sleep
         self._context = tls.client_context(credentials) if credentials and target.unix is None else None
         self._name = credentials.expected(target.host, target.node) if credentials and self._context else "localhost"
@@ -170,6 +173,7 @@ class Client:
         request = f"GET {route.fill(parameters)} HTTP/1.1\r\n{head}\r\n".encode()
         async with self._told(seconds):
             self._check_unix()
+            self._freshen()
             where = self.target.unix or (self.target.host, self.target.port)
             return await open_upgraded(where, self._context, self._name, request, protocol, str(self.target))
 
@@ -177,6 +181,13 @@ class Client:
         """Show another certificate from the next connection on."""
         if self._context is not None:
             tls.renew(self._context, credentials)
+            self._credentials = credentials
+
+    def _freshen(self) -> None:
+        """A process that only dials makes its new certificate here, when it is time; a node's agent calls renew()."""
+        one = self._credentials
+        if one is not None and one.identity.kind == "client" and one.due(datetime.now(UTC)):
+            self.renew(tls.issue(self._secret, one.identity))
 
     async def close(self) -> None:
         """Close its connections; again does nothing."""
@@ -219,6 +230,7 @@ class Client:
             headers[hdrs.CONTENT_TYPE] = "application/octet-stream" if route.request is Bytes else "application/json"
         async with self._told(seconds):
             self._check_unix()
+            self._freshen()
             answer = await self._pool().request(
                 route.method, self.target.base + route.fill(parameters), headers=headers, data=data or None,
                 allow_redirects=False, server_hostname=self._name if self._context else None,
@@ -283,6 +295,8 @@ class Client:
 def told(where: str, error: BaseException) -> ClusterError:
     """The exception of ours for one of the network's. Pure."""
     inner = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
+    if inner is error and not isinstance(error, ssl.SSLError):
+        inner = _alert(error) or error
     if isinstance(error, (aiohttp.ClientSSLError, ssl.SSLError)) or isinstance(inner, ssl.SSLError):
         said = (
             "does not take us for one of its cluster"
@@ -298,8 +312,26 @@ def told(where: str, error: BaseException) -> ClusterError:
         return NodeUnreachable(f"{where} does not answer: nothing listens there; is `upipe-node` running?")
     if isinstance(inner, FileNotFoundError):
         return NodeUnreachable(f"{where} does not answer: there is no such socket; is `upipe-node` running?")
-    reason = inner.strerror if isinstance(inner, OSError) and inner.strerror else str(inner) or type(inner).__name__
-    return NodeUnreachable(f"{where} cannot be reached: {reason}")
+    return NodeUnreachable(
+        f"{where} cannot be reached ({_reason(inner)}): is it up, and does a firewall let its port in?"
+    )
+
+
+def _alert(error: BaseException) -> ssl.SSLError | None:
+    """What the peer said after our side of the handshake was over, as aiohttp passes it on: below its own exception."""
+    below: BaseException | None = error
+    while below is not None and not isinstance(below, ssl.SSLError):
+        below = below.__cause__ or below.__context__
+    return below
+
+
+def _reason(error: BaseException) -> str:
+    """In the system's words: asyncio's own repeat the address."""
+    if isinstance(error, aiohttp.ServerDisconnectedError) or (isinstance(error, OSError) and error.errno is None):
+        return "it ended the connection"
+    if isinstance(error, OSError) and error.errno and error.errno > 0:
+        return os.strerror(error.errno)
+    return str(error) or type(error).__name__
 
 
 def refusal(where: str, status: int, body: bytes) -> NodeRefused:

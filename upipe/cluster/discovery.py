@@ -239,6 +239,7 @@ def read_hint(properties: Mapping[bytes, bytes | None], hosts: Iterable[str], po
         words.get("cluster", ""),
         int(protocol),
         fingerprint if _FINGERPRINT.fullmatch(fingerprint) else "",
+        words.get("version", "")[:64],
     )
 
 

@@ -107,6 +107,10 @@ class Seen:
     certificate: Certificate | None = None
     multicast: Mapping[str, str] = field(default_factory=dict)
     """By interface: "" when a datagram to the mDNS group came back, or what went wrong."""
+    heard: frozenset[str] = frozenset()
+    """Node ids that other hosts advertise."""
+    unheard: tuple[str, ...] = ()
+    """Sentences on nodes that answer, and whose advertisement does not come."""
     peers: tuple[Peer, ...] = ()
     agent: Peer | None = None
     """Where the port is in use: who listens there."""
@@ -127,7 +131,7 @@ def examine(wanted: Wanted, seen: Seen, now: datetime) -> list[Finding]:
         token(seen.token),
         *([certificate(seen.certificate, now)] if seen.certificate else []),
         port(wanted, seen.port, seen.agent),
-        *multicast(wanted, seen.multicast),
+        *multicast(wanted, seen),
         *(finding for one in seen.peers for finding in peer(wanted, one, seen)),
         *([] if wanted.seeds or exposed(wanted.host) else [alone(wanted)]),
     ]
@@ -168,7 +172,8 @@ def certificate(seen: Certificate, now: datetime) -> Finding:
         return Finding("certificate", "problem", "it cannot be used", seen.where, seen.fault)
     told = f"valid until {seen.ends:%Y-%m-%d}"
     if seen.ends - now < EXPIRES_SOON:
-        return Finding("certificate", "warning", f"only {told}", seen.where, "renew it, and restart the node")
+        todo = "renew it; a node takes up the new files by itself"
+        return Finding("certificate", "warning", f"only {told}", seen.where, todo)
     return Finding("certificate", "ok", told, seen.where)
 
 
@@ -182,19 +187,28 @@ def port(wanted: Wanted, fault: str, agent: Peer | None) -> Finding:
     return Finding("port", "ok", "free", where)
 
 
-def multicast(wanted: Wanted, seen: Mapping[str, str]) -> Iterable[Finding]:
-    """Can nodes find each other by themselves?"""
-    seed = "name a node that runs with --join HOST:PORT"
-    if not any(fault == "" for fault in seen.values()):
+def multicast(wanted: Wanted, seen: Seen) -> Iterable[Finding]:
+    """Can nodes find each other by themselves? That this host hears itself says nothing of the network: only nodes
+    that are heard, or are not, do."""
+    name_one = "name a node that runs with --join HOST:PORT"
+    faults = seen.multicast
+    if not any(fault == "" for fault in faults.values()):
         level: Level = "ok" if wanted.seeds else "warning"
         what = "none, and not needed with --join" if wanted.seeds else "no interface carries it: nodes find none"
-        yield Finding("multicast", level, what, ", ".join(seen) or "no interface", "" if wanted.seeds else seed)
+        todo = "" if wanted.seeds else "; ".join([*filter(None, faults.values()), name_one])
+        yield Finding("multicast", level, what, ", ".join(faults) or "no interface", todo)
         return
-    for interface, fault in seen.items():
+    for interface, fault in faults.items():
         if fault:
-            yield Finding("multicast", "warning", fault, interface, f"{seed}, if others are there")
+            yield Finding("multicast", "warning", fault, interface, f"{name_one}, if others are there")
+        elif seen.heard or seen.unheard or wanted.seeds or not exposed(wanted.host):
+            told = f"; nodes of other hosts that were heard: {len(seen.heard)}" if seen.heard else ""
+            yield Finding("multicast", "ok", f"sent and received{told}", interface)
         else:
-            yield Finding("multicast", "ok", "sent and received", interface)
+            what = "sent and received here, but no node of another host is heard"
+            yield Finding("multicast", "warning", what, interface, f"if nodes run, the network drops it: {name_one}")
+    for sentence in seen.unheard[:1]:  # of the others the same can be said
+        yield Finding("multicast", "warning", sentence, "network", name_one)
 
 
 def peer(wanted: Wanted, seen: Peer, ours: Seen) -> Iterable[Finding]:

@@ -220,5 +220,5 @@ def may_listen(host: str, port: int, token: bool, tls: bool) -> str:
             "cluster's file"
         )
     if exposed(host) and not tls:
-        return f"{host}:{port} is open to other hosts and needs TLS: leave out --no-tls, or listen on 127.0.0.1"
+        return f"{host}:{port} is open to other hosts and needs TLS: give it certificates, or listen on 127.0.0.1"
     return ""

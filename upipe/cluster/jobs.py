@@ -27,7 +27,7 @@ from pathlib import Path
 
 import msgspec
 
-from upipe.cluster import archive, token, wire
+from upipe.cluster import archive, wire
 from upipe.cluster.job_process import PIECE, start_time, write_whole
 from upipe.cluster.server import Call, Handler, refuse
 from upipe.errors import ArchiveRefused
@@ -93,19 +93,19 @@ class Jobs:
         directory: DATA_DIR/jobs.
         node: id of this node.
         address: HOST:PORT of this agent, for processes of this host, once it listens.
-        token_file: of the cluster's token.
+        access: environment that names the files of the cluster's token, and of certificates of one's own.
         content: bytes of a content that this node holds; None when it does not.
     """
 
     def __init__(
-        self, directory: Path, node: str, address: Callable[[], str], token_file: Path,
+        self, directory: Path, node: str, address: Callable[[], str], access: dict[str, str],
         content: Callable[[str], Awaitable[bytes | None]],
     ) -> None:  # fmt: skip
         self.all: dict[str, Job] = {}
         self._directory = directory
         self._node = node
         self._address = address
-        self._token_file = token_file
+        self._access = access
         self._content = content
         self._starting = asyncio.Lock()
         directory.mkdir(mode=0o700, exist_ok=True)
@@ -194,7 +194,7 @@ class Jobs:
         return self.info(name)
 
     def _environment(self, request: wire.JobRequest) -> dict[str, str]:
-        own = {CLUSTER_VARIABLE: self._address(), token.VARIABLE: str(self._token_file)}
+        own = {CLUSTER_VARIABLE: self._address(), **self._access}
         return {**os.environ, "PYTHONUNBUFFERED": "1", **request.environment, **own}
 
     async def stop(self, job: str, deadline: float) -> wire.JobInfo:

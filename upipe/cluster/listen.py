@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from upipe.cluster import tls
 from upipe.errors import NodeCannotServe
 from upipe.settings import KIB
 
@@ -101,6 +102,7 @@ class Door:
         protocol: makes the protocol of one connection, for its key in the gate; that protocol calls gate.leave(key).
         context: for TLS; None is plain.
         told: called with an event and its facts, for the audit log.
+        tell: called with a sentence when a node cannot be let in for its certificate.
     """
 
     def __init__(
@@ -110,12 +112,14 @@ class Door:
         protocol: Callable[[socket.socket], asyncio.Protocol],
         context: ssl.SSLContext | None,
         told: Callable[..., None],
+        tell: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self.listener = listener
         self._gate = gate
         self._protocol = protocol
         self.context = context
         self._told = told
+        self._tell = tell
         self._shaking: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._again: asyncio.TimerHandle | None = None
@@ -165,13 +169,18 @@ class Door:
 
     async def _open(self, connection: socket.socket, peer: str) -> None:
         seconds = self._gate.limits.handshake_seconds if self.context else None
+        greeting = tls.Greeting()
+        tls.greeting.set(greeting)  # in this task's context, which the connection inherits
         try:
             await self._loop.connect_accepted_socket(
                 lambda: self._protocol(connection), connection, ssl=self.context, ssl_handshake_timeout=seconds
             )
         except (OSError, ssl.SSLError) as error:  # TimeoutError is an OSError
-            reason = getattr(error, "verify_message", "") or getattr(error, "reason", "") or type(error).__name__
+            why = greeting.failure or error
+            reason = getattr(why, "verify_message", "") or getattr(why, "reason", "") or type(why).__name__
             self._told("handshake", peer=peer, code=str(reason))
+            if greeting.failure is not None:
+                self._tell(f"{peer} is not let in: {tls.explain(greeting.failure)}")
             raise
 
     def _opened(self, task: asyncio.Task[None], connection: socket.socket) -> None:

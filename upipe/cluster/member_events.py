@@ -21,6 +21,8 @@ class Hint:
     protocol: int = 0
     """0 unknown."""
     fingerprint: str = ""
+    version: str = ""
+    """For people."""
 
 
 # ---------------------------------------------------------------- events

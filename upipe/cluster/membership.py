@@ -37,6 +37,7 @@ from upipe.cluster.member_events import (
     Connect,
     DialFailed,
     Event,
+    Hint,
     LeftProperly,
     MembersHeard,
     OwnChanged,
@@ -122,10 +123,13 @@ class Membership(Roster):
     def _seen(self, event: Seen, now: float) -> None:
         hint = event.hint
         if hint.cluster and hint.cluster != self.info.cluster:
-            return  # other clusters on the same network are usual
+            self._other_cluster(hint)
+            return
         if hint.protocol and hint.protocol != self.info.protocol:
-            seen = replace(self.info, node_id=hint.node_id or "0" * 16, protocol=hint.protocol, version="", hosts=())
-            self._refuse(seen)
+            self._refuse(replace(
+                self.info, node_id=hint.node_id or "0" * 16, protocol=hint.protocol, version=hint.version,
+                hosts=tuple(one.host for one in hint.addresses), port=hint.addresses[0].port,
+            ))  # fmt: skip
             return
         claim = (
             "" if hint.node_id == self.info.node_id else hint.node_id
@@ -133,6 +137,13 @@ class Membership(Roster):
         for address in hint.addresses:
             if address not in self.info.addresses:
                 self._dialer.seen(address, claim, hint.source, now)
+
+    def _other_cluster(self, hint: Hint) -> None:
+        """Other clusters on the same network are usual; with the same token one of the names may be a slip."""
+        if hint.fingerprint and hint.fingerprint == self.info.fingerprint:
+            self._tell("cluster-name", f"node {hint.node_id} at {hint.addresses[0]} has our token and is of cluster "
+                       f"{hint.cluster!r}, this one of {self.info.cluster!r}: if that is to be one cluster, give both "
+                       "the same --cluster")  # fmt: skip
 
     def _proven(self, event: Proven, now: float) -> None:
         if self._refuse(event.info):

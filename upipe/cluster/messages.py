@@ -86,7 +86,7 @@ class NodeInfo(msgspec.Struct, frozen=True):
     labels: Annotated[dict[Name, Text], msgspec.Meta(max_length=64)] = {}
     resources: Resources = Resources()
     free_shared_memory: Count = 0
-    """Bytes free in /dev/shm when it was told."""
+    """Bytes that were free for queues when it was told."""
     load: Amount = 0.0
     """Processes that run or want to, averaged over a minute, when it was told."""
     promised: Annotated[dict[Name, dict[Name, Amount]], msgspec.Meta(max_length=MAX_PROMISED)] = {}

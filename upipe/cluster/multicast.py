@@ -31,18 +31,23 @@ async def local_problems(wait: float = _WAIT) -> list[str]:
     Args:
         wait: seconds for our own packet to come back.
     """
-    outside = {name: addresses for name, addresses in found_addresses().items() if not _loopback(addresses)}
-    if not outside:
+    tried = await by_interface(wait)
+    if not tried:
         return ["this machine has no network interface that is up, but loopback; nodes find each other only on itself"]
+    return [f"interface {name}: {fault} (or name nodes with --join)" for name, fault in tried.items() if fault]
+
+
+async def by_interface(wait: float = _WAIT) -> dict[str, str]:
+    """What is wrong with multicast on each interface of this machine that is up, but loopback; "" when nothing is."""
+    outside = {name: addresses for name, addresses in found_addresses().items() if not _loopback(addresses)}
     flags = {name: stats.flags.split(",") for name, stats in psutil.net_if_stats().items()}
     tried = await asyncio.gather(*(_try_interface(name, addresses, wait) for name, addresses in outside.items()))
-    return [
-        f"interface {name} does no multicast; run: ip link set {name} multicast on (or name nodes with --join)"
+    return {
+        name: f"it does no multicast; run: ip link set {name} multicast on"
         if "multicast" not in flags.get(name, [])
-        else f"multicast on interface {name} fails ({problem}); look at its firewall, or name nodes with --join"
-        for (name, _), problem in zip(outside.items(), tried, strict=True)
-        if problem or "multicast" not in flags.get(name, [])
-    ]
+        else problem and f"multicast fails ({problem}); look at its firewall"
+        for name, problem in zip(outside, tried, strict=True)
+    }
 
 
 def unheard(members: Iterable[NodeInfo], heard: Set[str], own: Mapping[str, Iterable[str]]) -> list[str]:
@@ -60,7 +65,8 @@ def unheard(members: Iterable[NodeInfo], heard: Set[str], own: Mapping[str, Iter
         if near and member.node_id not in heard:
             sentences.append(
                 f"node {member.node_id} at {near[0]} is on our network and reached, but its multicast is not "
-                "heard: a switch, an access point or a firewall drops it; keep naming nodes with --join"
+                "heard: a switch, an access point or a firewall drops it (unless it runs with --no-multicast); keep "
+                "naming nodes with --join"
             )
     return sentences
 

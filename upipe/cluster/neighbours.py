@@ -18,10 +18,12 @@ from upipe.cluster.address import Address
 from upipe.cluster.client import Client
 from upipe.cluster.discovery import Multicast
 from upipe.cluster.errands import Errands
+from upipe.cluster.guard import exposed
 from upipe.cluster.handshake import judge
-from upipe.cluster.interfaces import WILDCARDS, Watch, reachable_at
+from upipe.cluster.interfaces import WILDCARDS, Watch, found_addresses, reachable_at
 from upipe.cluster.membership import Membership
 from upipe.cluster.messages import Accepted, Gossip, Join, Leave, NodeInfo, Refused, Relay
+from upipe.cluster.multicast import local_problems, unheard
 from upipe.cluster.peers import Peers
 from upipe.cluster.resources import free_shared_memory, load
 from upipe.cluster.routes import JOIN, LEAVE, PING, RELAY
@@ -33,6 +35,8 @@ from upipe.errors import ClusterError, NodeRefused, NodeUnproven
 LOOK_EVERY = 5.0
 """Seconds between two looks at load and shared memory of this machine. They travel with pings anyway, so looking more
 often costs nothing on the wire."""
+HEAR = 5.0
+"""Seconds in which a node that advertises itself is heard, where the network carries multicast."""
 LEAVE_SECONDS = 1.0
 """For saying good-bye to all members at once; who misses it finds out by its pings."""
 NodeEvent = (
@@ -91,6 +95,8 @@ class Neighbours:
             if why := await self._multicast.start(self.info):
                 self._tell(why)
                 self._multicast = None
+            else:
+                self._errands.run(self._listen(self._multicast, bool(seeds)), "multicast")
         if self._multicast is None and self._host in WILDCARDS:
             self._watch = Watch(self.look_around)
         if seeds:
@@ -293,6 +299,26 @@ class Neighbours:
         hosts = reachable_at(self._host)
         if hosts != self.info.hosts:
             self.handle(events.OwnChanged(replace(self.info, hosts=hosts)))
+
+    async def _listen(self, multicast: Multicast, seeds: bool) -> None:
+        """Say what keeps others from being found here, or us from being found, once each."""
+        if not exposed(self._host):
+            return
+        for sentence in await local_problems():
+            self._tell(sentence)
+        await asyncio.sleep(HEAR)
+        if not (seeds or self.machine.members() or multicast.heard - {self.info.node_id}):
+            self._tell(f"no other node was heard by multicast within {HEAR:g} s; where some run, this network does not "
+                       "carry it: name one of them with --join HOST:PORT")  # fmt: skip
+        known: set[str] = set()
+        while True:
+            met = {one.info.node_id: one.info for one in self.machine.members() if one.live}
+            long = [info for node, info in met.items() if node in known]
+            if sentences := unheard(long, multicast.heard, found_addresses()):
+                self._tell(sentences[0])  # of the others the same can be said
+                return
+            known = set(met)
+            await asyncio.sleep(HEAR)
 
     async def _look(self) -> None:
         while True:

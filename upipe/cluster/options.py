@@ -20,6 +20,7 @@ from upipe.cluster.resources import free_shared_memory, load, parse_labels, pars
 from upipe.cluster.seeds import Seed, parse_seed
 from upipe.cluster.token import Secret
 from upipe.errors import NodeCannotServe, OptionInvalid
+from upipe.settings import Certificates
 
 DEFAULT_CLUSTER = "upipe"
 DRAIN_SECONDS = 30.0
@@ -43,8 +44,8 @@ class Options:
     data_dir: Path = field(default_factory=default_data_dir)
     token_file: Path | None = None
     allow_host: tuple[str, ...] = ()
-    own: tuple[Path, Path, Path] | None = None
-    """CA, certificate and key that were brought along."""
+    own: Certificates | None = None
+    """That were brought along."""
     multicast: bool = True
     drain_seconds: float = DRAIN_SECONDS
 
@@ -68,7 +69,7 @@ class Settled:
         """
         identity = tls.Identity("node", node_id)
         if self.options.own is not None:
-            return tls.bring(*self.options.own, identity)
+            return tls.bring(self.options.own, identity)
         names = ("localhost", "127.0.0.1", "::1", *reachable_at(self.options.host), *self.options.allow_host)
         return tls.issue(self.secret, identity, dict.fromkeys(names))
 

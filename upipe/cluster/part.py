@@ -439,6 +439,8 @@ class Part:
                 self._means.node, number, self._stopped, False, self.lost, failed=self.failed, unfit=self.unfit
             )
         if news is None or self._ferry is None or self.followed == (0, 0):
+            if why := self.failed or (news.failed if news is not None else ""):  # in the middle of its first plan
+                return NodeReport(self._means.node, number, self.followed, failed=why)
             return None
         ended, left = tuple(news.ended), tuple(news.left)
         states = dict(self._ferry.states())

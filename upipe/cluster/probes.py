@@ -6,29 +6,26 @@ import asyncio
 import os
 import resource
 import secrets
-import socket
-import struct
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from upipe import __version__
 from upipe.cluster import listen, routes, tls, token
 from upipe.cluster.client import Client, Target
 from upipe.cluster.doctor import Certificate, Memory, Peer, Seen, Token, Wanted
-from upipe.cluster.guard import may_listen
+from upipe.cluster.guard import exposed, may_listen
+from upipe.cluster.interfaces import found_addresses
+from upipe.cluster.member_events import Hint
+from upipe.cluster.multicast import by_interface, unheard
+from upipe.cluster.reach import browsed
 from upipe.cluster.token import Secret
 from upipe.errors import ClusterError, NodeCannotServe, TokenError, UpipeError
 from upipe.memq import segment
 from upipe.memq.layout import LAYOUT_VERSION
+from upipe.settings import Certificates
 
-GROUP, PORT = "224.0.0.251", 5353
-"""Of mDNS."""
-MULTICAST_SECONDS = 1.0
-"""A datagram of our own comes back within a millisecond, or never."""
 PEER_SECONDS = 3.0
 MOST_PEERS = 64
 """Peers that are asked, beside the seeds."""
@@ -40,25 +37,27 @@ class SystemProbes:
 
     Args:
         token_file: default as token.place() finds it.
-        own: paths of a CA, certificate and key that were brought along.
+        own: certificates that were brought along.
     """
 
     token_file: Path | None = None
-    own: tuple[Path, Path, Path] | None = None
+    own: Certificates | None = None
 
     async def look(self, wanted: Wanted) -> Seen:
         """See doctor.Probes."""
         shown, secret = self.token()
         certificate, credentials = self.certificate(secret)
         fault, agent = self.port(wanted, secret is not None), None
+        heard, multicast = await asyncio.gather(self.heard(wanted), by_interface())
         peers: list[Peer] = []
         if secret and credentials:
             agent = await _ask(_own_address(wanted), secret, credentials) if fault else None
-            peers = await self.peers(wanted, secret, credentials, agent.known if agent else ())
+            peers = await self.peers(wanted, heard, secret, credentials, agent.known if agent else ())
         return Seen(
             memory=self.memory(), descriptors=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             port=fault, agent=agent, token=shown, version=__version__, layout=LAYOUT_VERSION,
-            certificate=certificate, multicast=await self.multicast(), peers=tuple(peers),
+            certificate=certificate, multicast=multicast, heard=frozenset(one.node_id for one in heard),
+            unheard=self.unheard(peers, heard), peers=tuple(peers),
         )  # fmt: skip
 
     def memory(self) -> Memory:
@@ -93,10 +92,10 @@ class SystemProbes:
         if self.own is None:
             return None, tls.issue(secret, me) if secret else None
         try:
-            credentials = tls.bring(*self.own, me)
+            credentials = tls.bring(self.own, me)
         except ClusterError as error:
-            return Certificate(str(self.own[1]), fault=str(error)), None
-        return Certificate(str(self.own[1]), credentials.ends), credentials
+            return Certificate(self.own.certificate, fault=str(error)), None
+        return Certificate(self.own.certificate, credentials.ends), credentials
 
     def port(self, wanted: Wanted, has_token: bool) -> str:
         """Listen for an instant."""
@@ -107,69 +106,34 @@ class SystemProbes:
             return str(error)
         return may_listen(wanted.host, wanted.port, token=True, tls=True)
 
-    async def multicast(self) -> dict[str, str]:
-        """On each interface: send a question to the mDNS group, and hear it."""
-        found: dict[str, str] = {}
-        for name, address in interfaces():
-            try:
-                await _ask_the_group(address)
-                found[name] = ""
-            except TimeoutError:
-                found[name] = "a datagram to the mDNS group did not come back: a packet filter?"
-            except OSError as error:
-                found[name] = f"the mDNS group cannot be used: {error.strerror or error}"
-        return found
+    async def heard(self, wanted: Wanted) -> list[Hint]:
+        """Advertisements of other hosts' nodes; none are looked for by a node that others cannot reach."""
+        if not exposed(wanted.host):
+            return []
+        here = {one for addresses in found_addresses().values() for one in addresses}
+        found: list[Hint] = []
+        await browsed(found.append)
+        return [one for one in found if not here & {address.host for address in one.addresses}]
+
+    def unheard(self, peers: Iterable[Peer], heard: list[Hint]) -> tuple[str, ...]:
+        """What to say of nodes of our networks that answer, and whose advertisement does not come."""
+        infos = [one.info for one in peers if one.info is not None]
+        own = found_addresses()
+        here = {one for addresses in own.values() for one in addresses}
+        others = [one for one in infos if not here & set(one.hosts)]
+        return tuple(unheard(others, {one.node_id for one in heard}, own))
 
     async def peers(
-        self, wanted: Wanted, secret: Secret, credentials: tls.Credentials, known: Iterable[str] = ()
+        self, wanted: Wanted, heard: list[Hint], secret: Secret, credentials: tls.Credentials, known: Iterable[str] = ()
     ) -> list[Peer]:
-        """The seeds, whom they know, and whom the agent of this host knows."""
-        seeds = await asyncio.gather(*(_ask(one, secret, credentials) for one in wanted.seeds))
-        told = (*known, *(address for one in seeds for address in one.known))
-        known = dict.fromkeys(address for address in told if address not in wanted.seeds)
+        """The seeds, those that advertise themselves with our token, and whom these and the agent of this host know."""
+        near = [one for one in heard if one.fingerprint == secret.fingerprint]
+        first = dict.fromkeys([*wanted.seeds, *(str(one.addresses[0]) for one in near[:MOST_PEERS])])
+        asked = list(await asyncio.gather(*(_ask(one, secret, credentials) for one in first)))
+        told = (*known, *(address for one in asked for address in one.known))
+        known = dict.fromkeys(address for address in told if address not in first)
         others = await asyncio.gather(*(_ask(one, secret, credentials) for one in list(known)[:MOST_PEERS]))
-        return [*seeds, *others]
-
-
-def interfaces() -> Iterable[tuple[str, str]]:
-    """Names and IPv4 addresses of the interfaces that are up and carry multicast; loopback last, when it is all."""
-    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
-    found = [
-        (name, one.address)
-        for name, addresses in psutil.net_if_addrs().items()
-        for one in addresses
-        if name in up and one.family == socket.AF_INET
-    ]
-    return [one for one in found if not one[1].startswith("127.")] or found
-
-
-def question(number: int) -> bytes:
-    """An mDNS question for nodes of uPipe, told by its id."""
-    labels = b"".join(bytes([len(one)]) + one for one in (b"_upipe", b"_tcp", b"local"))
-    return struct.pack(">6H", number, 0, 1, 0, 0, 0) + labels + b"\0" + struct.pack(">2H", 12, 1)
-
-
-async def _ask_the_group(address: str) -> None:
-    loop = asyncio.get_running_loop()
-    number = secrets.randbelow(1 << 16)
-    with (
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as hearing,
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking,
-    ):
-        for one in (hearing, asking):
-            one.setblocking(False)
-        hearing.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        hearing.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # avahi and nodes listen there too
-        hearing.bind((GROUP, PORT))
-        hearing.setsockopt(
-            socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(GROUP) + socket.inet_aton(address)
-        )
-        asking.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(address))
-        asking.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
-        await loop.sock_sendto(asking, question(number), (GROUP, PORT))
-        async with asyncio.timeout(MULTICAST_SECONDS):
-            while await loop.sock_recv(hearing, 9000) != question(number):
-                pass
+        return [*asked, *others]
 
 
 def _own_address(wanted: Wanted) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from upipe import __version__
 from upipe.cluster import tls, token
 from upipe.cluster.address import DEFAULT_PORT, Address, parse
 from upipe.cluster.client import Client, Target
@@ -27,9 +28,10 @@ from upipe.cluster.messages import PROTOCOL, NodeInfo
 from upipe.cluster.node_id import default_data_dir
 from upipe.cluster.routes import MEMBERS, NODE
 from upipe.cluster.token import Secret
-from upipe.errors import ClusterError, NoAgent, NodeUnproven
+from upipe.errors import ClusterError, NoAgent, NodeTimeout, NodeUnreachable
 from upipe.memq.layout import LAYOUT_VERSION
 from upipe.pipe import CLUSTER_VARIABLE, LOCAL
+from upipe.settings import Certificates
 
 SOCKET = "node.sock"
 """Of an agent, in its data directory."""
@@ -69,20 +71,23 @@ Browse = Callable[[Callable[[Hint], None]], Awaitable[None]]
 """Calls what it is given with each advertisement, until it returns."""
 
 
-async def reach(where: str = "auto", *, cluster: str = "", browse: Browse | None = None) -> Reached:
+async def reach(
+    where: str = "auto", *, cluster: str = "", own: Certificates | None = None, browse: Browse | None = None
+) -> Reached:
     """Find an agent.
 
     Args:
         where: "auto" or HOST:PORT.
         cluster: name that its cluster must have; "": any.
+        own: certificates of one's own; None: as $UPIPE_CA, $UPIPE_CERTIFICATE and $UPIPE_KEY say, else derived ones.
         browse: listens for advertisements; for tests.
 
     Raises:
-        TokenError: there is no token to ask with. OptionInvalid: `where` is no address.
-        NoAgent: names what was tried and what came of it.
+        TokenError: there is no token to ask with. CertificateError: one's own cannot be used.
+        OptionInvalid: `where` is no address. NoAgent: names what was tried and what came of it.
     """
     secret = token.load()
-    search = _Search(secret, tls.issue(secret, tls.Identity("client", secrets.token_hex(8))), cluster)
+    search = _Search(secret, tls.client(secret, secrets.token_hex(8), own or tls.named(os.environ)), cluster)
     variable = os.environ.get(CLUSTER_VARIABLE, "")
     named = where if where != "auto" else "" if variable in ("auto", LOCAL) else variable
     if named:
@@ -105,7 +110,7 @@ class _Search:
         self._secret = secret
         self._credentials = credentials
         self._cluster = cluster
-        self._unproven = False
+        self._silent = True
 
     async def ask(self, told: str, target: Target) -> Reached | None:
         """None: that is no agent for us."""
@@ -113,7 +118,7 @@ class _Search:
             async with Client(target, self._secret, self._credentials) as client:
                 return await _asked(client, target, self._secret, self._credentials, self._cluster)
         except ClusterError as error:
-            self._unproven = self._unproven or isinstance(error, NodeUnproven)
+            self._silent = self._silent and isinstance(error, NodeUnreachable | NodeTimeout)
             self.tried.append(f"{told}: {error}" if told else str(error))
             return None
 
@@ -166,13 +171,12 @@ class _Search:
         return winner.result() if winner.done() else None
 
     def failure(self, todo: str) -> NoAgent:
-        """What was tried, and what to do."""
-        if self._unproven:
-            todo = "Use the token of that cluster: $UPIPE_TOKEN_FILE or ~/.config/upipe/token"
+        """What was tried, and what to do; what answered, and is none of ours, says that itself."""
         more = [f"and {len(self.tried) - TOLD} more"] if len(self.tried) > TOLD else []
         told = "; ".join([*self.tried[:TOLD], *more])
-        stop = "" if told.endswith("?") else "."
-        return NoAgent(f"no agent of this cluster ({self._secret.fingerprint}) answers. Tried: {told}{stop} {todo}")
+        if self._silent:
+            told += f" {todo}" if told.endswith("?") else f". {todo}"
+        return NoAgent(f"no agent of this cluster ({self._secret.fingerprint}) answers. Tried: {told}")
 
 
 async def browsed(hear: Callable[[Hint], None]) -> None:
@@ -192,11 +196,14 @@ async def _asked(
     status = await client.call(NODE, seconds=ASK)
     info = status.info
     if cluster and info.cluster != cluster:
-        raise NoAgent(f"it is of the cluster {info.cluster!r}, and {cluster!r} was asked for")
+        raise NoAgent(
+            f"{target} is of the cluster {info.cluster!r}, and {cluster!r} was asked for: name a node of that one, or "
+            "leave out --cluster"
+        )
     if (info.protocol, info.layout) != (PROTOCOL, LAYOUT_VERSION):
         raise NoAgent(
-            f"it runs uPipe {info.version} (protocol {info.protocol}, layout {info.layout}), and this process speaks "
-            f"protocol {PROTOCOL}, layout {LAYOUT_VERSION}: use one version of uPipe"
+            f"{target} runs uPipe {info.version} (protocol {info.protocol}, layout {info.layout}), and this process is "
+            f"{__version__} (protocol {PROTOCOL}, layout {LAYOUT_VERSION}): install the same version on both"
         )
     members = await client.call(MEMBERS, seconds=ASK)
     addresses = {one.info.node_id: one.info.addresses for one in members.members if one.state in ("alive", "suspect")}

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from upipe.cluster.messages import Gpu, Resources
-from upipe.errors import OptionInvalid
+from upipe.errors import OptionInvalid, UpipeError
+from upipe.memq import segment
 
 NVIDIA_DEADLINE = 5.0
 """Seconds for nvidia-smi; with a driver that hangs, the agent starts without GPUs rather than not at all."""
@@ -69,12 +70,12 @@ def memory_bytes(root: Path = Path("/")) -> int:
     return min((limit for limit in limits if limit is not None), default=0)  # "no limit" of cgroup v1 is 2^63 - 4096
 
 
-def free_shared_memory(path: Path = Path("/dev/shm")) -> int:
-    """Bytes that queues can still take: free in the file system of shared memory."""
+def free_shared_memory() -> int:
+    """Bytes that queues can still take: free in the file system where they lie ($UPIPE_SHM, else below /dev/shm)."""
     try:
-        found = os.statvfs(path)
-    except OSError:
-        return 0
+        found = os.statvfs(segment.root())
+    except (OSError, UpipeError):
+        return 0  # doctor and start say why
     return found.f_bavail * found.f_frsize
 
 
@@ -193,7 +194,9 @@ def parse_resources(texts: Iterable[str]) -> dict[str, float]:
     resources: dict[str, float] = {}
     for text, key, value in _pairs(texts, "resource", "licence=2"):
         if key == "shared_memory":
-            raise OptionInvalid(f"resource {text!r}: shared memory is what /dev/shm has; remount it with another size")
+            raise OptionInvalid(
+                f"resource {text!r}: shared memory is what /dev/shm (or $UPIPE_SHM) has; remount it with another size"
+            )
         found = _NUMBER.fullmatch(value)
         if found is None or found[2].lower() not in _UNITS:
             raise OptionInvalid(f"resource {text!r}: {value!r} is no amount; write a number such as 2, 0.5 or 16Gi")

@@ -43,6 +43,7 @@ from upipe.runtime import answers
 from upipe.runtime.gathered import Gathered
 from upipe.runtime.report import Report
 from upipe.runtime.spool import DeadLetter
+from upipe.settings import Certificates
 
 END_SECONDS = 10.0
 """Seconds that the cluster has to tell that a pipe which was told to stop has ended."""
@@ -61,9 +62,13 @@ class ClusterRunner:
         codes: pickled Bundle per processor name.
         processors: as declared, to find what their code needs.
         cluster: "auto" or HOST:PORT.
+        certificates: of one's own; see reach().
     """
 
-    def __init__(self, spec: PipeSpec, codes: dict[str, bytes], processors: Sequence[Processor], cluster: str) -> None:
+    def __init__(
+        self, spec: PipeSpec, codes: dict[str, bytes], processors: Sequence[Processor], cluster: str,
+        certificates: Certificates | None = None,
+    ) -> None:  # fmt: skip
         self.spec = spec
         self.id = f"{spec.name[:40]}-{secrets.token_hex(4)}"
         self.calls: answers.Calls = {}
@@ -73,6 +78,7 @@ class ClusterRunner:
         self._codes = codes
         self._processors = processors
         self._cluster = cluster
+        self._certificates = certificates
         self._replies = Gathered()
         self._own = OwnQueues(spec)
         self._plan = self._own.inputs
@@ -105,7 +111,7 @@ class ClusterRunner:
         self.loop = asyncio.get_running_loop()
         self.up, self.ended = self.loop.create_future(), self.loop.create_future()
         self._began = time.monotonic()
-        reached = await reach(self._cluster)
+        reached = await reach(self._cluster, own=self._certificates)
         info = await submit(reached, self.id, self.spec, self._codes, self._processors)
         self._join(reached, info)
         try:

@@ -34,6 +34,8 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
+MOST_SAID = 256
+"""Sentences on peers that are told; more are in the audit log only."""
 _OUT = msgspec.json.Encoder()
 
 Handler = Callable[["Call"], Awaitable[Any]]
@@ -146,14 +148,16 @@ class Server:
         handlers: one for each route but openapi, by name.
         audit: where refusals and changes are written.
         limits: what strangers can make it spend.
+        tell: told a sentence for the user, once, when a node cannot be let in for its certificate.
 
     Raises:
         ValueError: a route has no handler, or a handler no route.
     """
 
     def __init__(
-        self, policy: Policy, handlers: Mapping[str, Handler], audit: Audit, limits: Limits = DEFAULT_LIMITS
-    ) -> None:
+        self, policy: Policy, handlers: Mapping[str, Handler], audit: Audit, limits: Limits = DEFAULT_LIMITS,
+        tell: Callable[[str], None] = lambda sentence: None,
+    ) -> None:  # fmt: skip
         document = _OUT.encode(openapi.document(__version__, policy.routes))
 
         async def describe(call: Call) -> bytes:
@@ -166,6 +170,8 @@ class Server:
             raise ValueError(f"routes without handler, or handlers without route: {', '.join(sorted(unequal))}")
         self.gate = Gate(limits)
         self._audit = audit
+        self._tell = tell
+        self._said: set[str] = set()
         self._decoders = {
             route.name: msgspec.json.Decoder(route.request) for route in policy.routes if _has_struct(route)
         }
@@ -194,7 +200,9 @@ class Server:
         if credentials is not None:
             context, self._derived = tls.server_context(credentials), credentials.derived
         listeners = bind_tcp(host, port)
-        self._doors += [Door(one, self.gate, self._connection, context, self._audit.write) for one in listeners]
+        self._doors += [
+            Door(one, self.gate, self._connection, context, self._audit.write, self._once) for one in listeners
+        ]
         return [one.getsockname()[:2] for one in listeners]
 
     def listen_unix(self, path: Path) -> None:
@@ -328,6 +336,11 @@ class Server:
         identity = tls.identity_of(tls_object.getpeercert(), self._derived) if tls_object else None
         names = [transport.get_extra_info(one) or ("gone",) for one in ("peername", "sockname")]
         return Peer(str(names[0][0]), str(names[1][0]), tls_object is not None, identity)
+
+    def _once(self, sentence: str) -> None:
+        if sentence not in self._said and len(self._said) < MOST_SAID:
+            self._said.add(sentence)
+            self._tell(sentence)
 
     def _told(self, event: str, request: web.BaseRequest, peer: Peer, status: int, code: str = "") -> None:
         who = peer.identity.uri if peer.identity else ""

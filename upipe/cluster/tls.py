@@ -27,6 +27,7 @@ import ssl
 import stat
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -47,7 +48,8 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from upipe.cluster.token import Secret
-from upipe.errors import CertificateError
+from upipe.errors import CertificateError, OptionInvalid
+from upipe.settings import Certificates
 
 SKEW = timedelta(minutes=15)
 """How far the clocks of two hosts may differ at first contact: certificates are valid from this long ago."""
@@ -55,6 +57,10 @@ LIFE = timedelta(days=7)
 """How long a derived certificate is valid: short, since it cannot be revoked; a running node renews it each day."""
 RENEW = timedelta(days=1)
 """Age at which a running node makes itself a new certificate."""
+MOST_AFTER_ALERT = 8
+"""Reads of what a peer still sends that failed the handshake and was told so; then the connection is cut."""
+VARIABLES = ("UPIPE_CA", "UPIPE_CERTIFICATE", "UPIPE_KEY")
+"""Environment variables that name the files of certificates of one's own."""
 DOMAIN = "node.upipe.internal"
 """Name that the certificate of each node carries; never resolved, only compared."""
 _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of P-256
@@ -92,8 +98,8 @@ class Credentials:
         return f"<Credentials of {self.identity.uri} until {self.ends:%Y-%m-%d %H:%M} UTC>"
 
     def due(self, now: datetime) -> bool:
-        """Whether it is time to make new ones."""
-        return self.derived and now >= self.begins + SKEW + RENEW
+        """Whether it is time to make new ones: they are old, or the clock was set back to before they begin."""
+        return self.derived and not self.begins <= now < self.begins + SKEW + RENEW
 
     def expected(self, host: str, node: str = "") -> str:
         """Name that a peer's certificate must carry when `host` is dialled and node `node` ("": any) expected."""
@@ -180,18 +186,44 @@ def _general(address: str) -> x509.GeneralName:
 # ---------------------------------------------------------------------------------------------------- bringing
 
 
-def bring(ca: Path, certificate: Path, key: Path, identity: Identity, now: datetime | None = None) -> Credentials:
-    """Take certificates that the user brought, checked as far as one can before the first handshake.
+def named(environment: Mapping[str, str]) -> Certificates | None:
+    """The certificates of their own that $UPIPE_CA, $UPIPE_CERTIFICATE and $UPIPE_KEY name; None: none are.
 
-    Args:
-        ca: PEM of the CA (or several) that signs the nodes, and nothing else.
-        certificate: PEM of this host's certificate, with the chain below it if there is one.
-        key: PEM of its key, without a passphrase, 0600.
+    Raises:
+        OptionInvalid: only some of the three are set.
+    """
+    found = [environment.get(name, "") for name in VARIABLES]
+    if not any(found):
+        return None
+    if not all(found):
+        missing = ", ".join(f"${name}" for name, value in zip(VARIABLES, found, strict=True) if not value)
+        raise OptionInvalid(f"{', '.join(f'${name}' for name in VARIABLES)} go together: {missing} is not set")
+    return Certificates(*found)
+
+
+def variables(own: Certificates) -> dict[str, str]:
+    """The environment from which named() reads them, whatever the working directory."""
+    return dict(zip(VARIABLES, (os.path.abspath(one) for one in (own.ca, own.certificate, own.key)), strict=True))
+
+
+def client(secret: Secret, id_: str, own: Certificates | None) -> Credentials:
+    """What a process shows that only dials: its own certificates, or one that it derives.
+
+    Raises:
+        CertificateError: its own cannot be used.
+    """
+    identity = Identity("client", id_)
+    return issue(secret, identity) if own is None else bring(own, identity)
+
+
+def bring(own: Certificates, identity: Identity, now: datetime | None = None) -> Credentials:
+    """Take certificates that the user brought, checked as far as one can before the first handshake.
 
     Raises:
         CertificateError: names the file, what is wrong with it, and what to do.
     """
     now = now or datetime.now(UTC)
+    ca, certificate, key = Path(own.ca), Path(own.certificate), Path(own.key)
     authorities, chain = _certificates(ca), _certificates(certificate)
     pem = _read(key, private=True)
     try:
@@ -244,9 +276,46 @@ def _spki(key: PublicKeyTypes) -> bytes:
 # ---------------------------------------------------------------------------------------------------- contexts
 
 
+@dataclass
+class Greeting:
+    """One handshake at a door, for whom it concerns."""
+
+    failure: ssl.SSLError | None = None
+    """Why it failed, here."""
+
+
+greeting: ContextVar[Greeting | None] = ContextVar("greeting", default=None)
+"""Of the handshake that runs in this context."""
+
+
+class _Telling(ssl.SSLObject):
+    """A handshake whose failure reaches the peer: OpenSSL words an alert ("certificate expired"), and both asyncio and
+    uvloop throw it away with the connection when do_handshake() raises. So it asks for more to read first, at which
+    they send what there is to send, and the peer, which knows why now, ends the connection itself."""
+
+    _failure: ssl.SSLError | None = None
+    _calls = 0
+
+    def do_handshake(self) -> None:
+        """As SSLObject's."""
+        if self._failure is not None:
+            self._calls += 1
+            if self._calls < MOST_AFTER_ALERT:
+                raise ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "the peer is told")
+            raise self._failure
+        try:
+            super().do_handshake()
+        except ssl.SSLCertVerificationError as error:
+            self._failure = error
+            if (one := greeting.get()) is not None:
+                one.failure = error
+            raise ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "the peer is told") from None
+
+
 def server_context(credentials: Credentials) -> ssl.SSLContext:
     """For a node's port. Who shows a certificate is checked; who shows none is a browser or a stranger (guard.py)."""
     context = _context(ssl.PROTOCOL_TLS_SERVER, credentials)
+    context.sslobject_class = _Telling
     context.verify_mode = ssl.CERT_OPTIONAL
     context.num_tickets = 0
     return context
@@ -273,8 +342,11 @@ def _context(protocol: int, credentials: Credentials) -> ssl.SSLContext:
 def renew(context: ssl.SSLContext, credentials: Credentials) -> None:
     """Show new credentials from the next handshake on; running connections go on.
 
-    ssl reads keys from files only: these are in memory (memfd), so that a key is never on a disk.
+    ssl reads keys from files only: these are in memory (memfd), so that a key is never on a disk. A CA of one's own
+    that was replaced is trusted beside the former.
     """
+    if not credentials.derived:
+        context.load_verify_locations(cadata=credentials.ca.decode("ascii"))
     with ExitStack() as stack:
         paths = [_in_memory(stack, data) for data in (credentials.certificate, credentials.key)]
         try:
@@ -317,13 +389,20 @@ _VERIFY = {
     "compare `date -u` on both hosts",
     10: "its certificate has expired, as this host's clock goes: compare `date -u` on both hosts; a certificate that "
     "you brought must be renewed, a derived one is new after a restart of that node",
-    62: "it is another node than the one expected there, or no node at all: its address has been taken over",
+    62: "it is another node than the one expected there, or no node at all: its address has been taken over; of "
+    "certificates that you brought: its certificate does not carry the name by which it was dialled",
+    64: "its certificate does not carry the address by which it was dialled: one that you bring needs each address of "
+    "its host as a subjectAltName, or its name, where --host and HOST:PORT say that name",
 }
 _SAME_TOKEN = "both hosts need the same token file (`upipe token show-fingerprint` on each)"
-_OTHER_CA = f"its certificate is of another CA: {_SAME_TOKEN}"
+_OTHER_CA = (
+    f"its certificate is of another CA: {_SAME_TOKEN}, or, where that one has certificates of its own, some of the "
+    "same CA (--ca, --certificate and --key, or $UPIPE_CA, $UPIPE_CERTIFICATE and $UPIPE_KEY)"
+)
 _ALERTS = {
     "UNKNOWN_CA": f"it does not know our CA: {_SAME_TOKEN}",
-    "CERTIFICATE_EXPIRED": "it finds our certificate not valid by its clock: compare `date -u` on both hosts",
+    "CERTIFICATE_EXPIRED": "it finds our certificate expired, by its clock: compare `date -u` on both hosts; "
+    "one that you brought must be renewed",
     "BAD_CERTIFICATE": "it finds our certificate not valid, perhaps not yet: compare `date -u` on both hosts",
     "WRONG_VERSION_NUMBER": "it does not speak TLS: another program listens there, or TLS is off",
     "RECORD_LAYER_FAILURE": "it does not speak TLS: another program listens there, or TLS is off",
