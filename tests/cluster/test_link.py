@@ -14,10 +14,11 @@ import uvloop
 from tests.cluster.secure_support import NODE, Running, running
 from tests.cluster.test_mirror import Pair, balanced, emit, everything, mixed, same, until
 from upipe.cluster import routes, tls
+from upipe.cluster.inlet import TlsRecords
 from upipe.cluster.lines import Lines
 from upipe.cluster.link import Link
 from upipe.cluster.opening import Opening, feed
-from upipe.cluster.records import Hello, Ping, encode, mirror_key
+from upipe.cluster.records import HEADER_BYTES, Hello, Ping, Pong, encode, mirror_key
 from upipe.cluster.server import Call
 
 pytestmark = pytest.mark.timeout(30)
@@ -64,6 +65,74 @@ async def test_a_mirror_flows_over_an_upgraded_connection_whoever_dialled(tmp_pa
         assert balanced(pair)
         link.close()
     pair.close()
+
+
+async def test_frames_of_more_than_a_chunk_and_small_ones_between_them_arrive_over_tls(tmp_path: Path) -> None:
+    pair, values = Pair(8 << 20), [value for n in range(6) for value in (bytes((n,)) * (n * 600_000 + 1), n, "x" * n)]
+    copy = pair.fresh_copy()
+    async with linking(tmp_path, lambda link: link.add(pair.mirror_sink())) as node:
+        link = await dial(node)
+        link.add(pair.mirror_source())
+        _, found = await asyncio.gather(emit(pair, values), everything(copy))
+        await pair.done.wait()
+        assert same(found, values)
+        assert balanced(pair)
+        link.close()
+    pair.close()
+
+
+async def test_the_end_is_heard_when_it_comes_right_behind_a_record(tmp_path: Path) -> None:
+    accepted: list[Link] = []
+    async with linking(tmp_path, accepted.append) as node:
+        link = await dial(node)
+        heard = accepted[0].heard
+        link.say(Ping(1))
+        assert link._transport is not None
+        link._transport.close()
+        assert await asyncio.wait_for(accepted[0].over(), 10) == "the other end closed it"
+        assert accepted[0].heard == heard + len(encode(Ping(1)))
+
+
+async def test_what_came_with_the_101_is_heard_before_what_tls_holds_behind_it() -> None:
+    behind, heard = [encode(Ping(2))], []
+
+    class Held(TlsRecords):
+        def __init__(self) -> None:
+            pass
+
+        def take(self, buffer: memoryview) -> int:
+            data = behind.pop() if behind else b""
+            buffer[: len(data)] = data
+            return len(data)
+
+    class Wire(asyncio.Transport):
+        def get_extra_info(self, name: str, default: Any = None) -> Any:
+            return Held.__new__(Held) if name == "ssl_object" else default
+
+        def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+            pass
+
+        def is_closing(self) -> bool:
+            return False
+
+        def write(self, data: Any) -> None:
+            heard.append(bytes(data))
+
+    link = Link()
+    link.connection_made(Wire())
+    link.get_buffer(-1)
+    link._asked = HEADER_BYTES  # the room is as large as what comes
+    head = encode(Ping(1))
+    link._scratch[:HEADER_BYTES] = head
+    link.buffer_updated(HEADER_BYTES)
+    assert heard == [encode(Pong(1))]
+    await asyncio.sleep(0)
+    link.get_buffer(-1)
+    link._asked = HEADER_BYTES
+    link._scratch[:HEADER_BYTES] = head
+    link.buffer_updated(HEADER_BYTES)
+    assert heard == [encode(Pong(1)), encode(Pong(1)), encode(Pong(2))]
+    link.connection_lost(None)
 
 
 async def test_both_ends_learn_of_the_end_once_and_the_node_forgets_the_connection(tmp_path: Path) -> None:

@@ -20,19 +20,20 @@ class TlsRecords(ssl.SSLObject):
     """The other end said that nothing follows: the event loop must hear so, which reads only while something is
     pending."""
 
-    def read(self, len: int = 1024, buffer: Any = None) -> Any:
+    def read(self, length: int = 1024, buffer: Any = None) -> Any:
         """As of SSLObject; what is wrong behind the first record is told by the next call."""
-        got = super().read(len, buffer)
-        if buffer is None or not 0 < got < len or len <= RECORD:
+        got: Any = super().read(length, buffer)
+        if buffer is None or not 0 < got < length or length <= RECORD:
             return got
-        return got + self.take(memoryview(buffer)[got:len])
+        return got + self.take(memoryview(buffer)[got:length])
 
     def take(self, buffer: memoryview) -> int:
-        """Fill it with what is there already. Less: there is no more, or the event loop finds out when it reads why."""
-        read, size, got = super().read, len(buffer), 0
+        """Fill it with what is there already. Less: there is no more, or the event loop will find out why."""
+        read: Any = super().read
+        size, got = len(buffer), 0
         try:
             while got < size:
-                count: int = read(size - got, buffer[got:])  # type: ignore[arg-type]
+                count: int = read(size - got, buffer[got:])
                 if not count:
                     self._ended = True
                     break

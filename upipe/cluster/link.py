@@ -3,8 +3,8 @@ same.
 
 What comes for a sink is received straight into its ring (BufferedProtocol); what a source sends is handed over as ring
 memory. A mirror that has something to send waits in a queue for its turn; a turn is one chunk, so that a small one is
-never far behind a large one. While there is much left to write nobody gets a turn: so what is copied and kept is bounded
-(over TLS by a few slices, over plain TCP nothing is copied, see outlet.py).
+never far behind a large one. While there is much left to write nobody gets a turn: so what is copied and kept is
+bounded (over TLS by a few slices, over plain TCP nothing is copied, see outlet.py).
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class Link(asyncio.BufferedProtocol):
         self._filled = 0
         self._offered = SCRATCH
         self._direct = False
-        self._room = self._scratch
+        self._asked = 0
+        """Bytes of room that the transport was given."""
         self._sink: Endpoint | None = None
         self._unwanted = self._left = 0
         """Of the data record under way: bytes to skip first, and bytes that are to land after them."""
@@ -235,7 +236,8 @@ class Link(asyncio.BufferedProtocol):
     # ------------------------------------------------------------ receiving
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        self._room = room = self._place()
+        room = self._place()
+        self._asked = len(room)
         return room
 
     def _place(self) -> memoryview:
@@ -252,7 +254,7 @@ class Link(asyncio.BufferedProtocol):
     def buffer_updated(self, count: int) -> None:
         self._pulse.heard(self._loop.time())
         self._took(count)
-        if self._tls is not None and count == len(self._room):
+        if self._tls is not None and count == self._asked:
             self._take_rest(self._tls)
 
     def _take_rest(self, tls: TlsRecords) -> None:
