@@ -1,15 +1,18 @@
-"""Reading many TLS records at once, between two ends in memory."""
+"""Reading many TLS records at once, between two ends in memory; when the kernel is asked to gather."""
 
 from __future__ import annotations
 
+import asyncio
+import socket
 import ssl
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from upipe.cluster import tls
-from upipe.cluster.inlet import RECORD, TlsRecords
+from upipe.cluster.inlet import GATHERED, MARGIN, RECORD, SWIFT, Gathering, TlsRecords
 from upipe.cluster.token import Secret
 
 NODE = tls.Identity("node", "1" * 16)
@@ -105,3 +108,69 @@ def test_what_came_before_a_forged_record_is_read_and_the_forgery_told_then(wire
     assert room[:4] == b"true"
     with pytest.raises(ssl.SSLError):
         wire.reads.read(len(room), room)
+
+
+class Connection(asyncio.BaseTransport):
+    """Of a real socket."""
+
+    def __init__(self, one: socket.socket) -> None:
+        super().__init__()
+        self.one = one
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self.one if name == "socket" else default
+
+    @property
+    def low(self) -> int:
+        return self.one.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
+
+
+@pytest.fixture
+def connection() -> Iterator[Connection]:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as one:
+        yield Connection(one)
+
+
+ENOUGH = GATHERED + MARGIN + 1
+
+
+def test_the_kernel_gathers_while_enough_is_to_come_and_the_last_large_record_came_fast(connection: Connection) -> None:
+    gathering = Gathering(connection)
+    gathering.begins(True, 1.0)
+    gathering.left(ENOUGH, 1.0)
+    assert connection.low == 1  # nothing is known of its pace
+    gathering.left(0, 1.0 + SWIFT / 2)
+    gathering.begins(True, 2.0)
+    gathering.left(ENOUGH, 2.0)
+    assert connection.low == GATHERED
+    gathering.left(ENOUGH - 1, 2.0)
+    assert connection.low == 1
+    gathering.left(0, 2.0 + 2 * SWIFT)
+    gathering.begins(True, 3.0)
+    gathering.left(ENOUGH, 3.0)
+    assert connection.low == 1  # the last one was slow
+
+
+def test_a_small_record_says_nothing_of_the_pace(connection: Connection) -> None:
+    gathering = Gathering(connection)
+    gathering.begins(False, 1.0)
+    gathering.left(0, 1.0)
+    gathering.begins(True, 2.0)
+    gathering.left(ENOUGH, 2.0)
+    assert connection.low == 1
+
+
+@pytest.mark.parametrize("why", ["silence", "nobody wants it"])
+def test_gathering_ends_when_the_rest_may_not_come(connection: Connection, why: str) -> None:
+    gathering = Gathering(connection)
+    gathering.begins(True, 1.0)
+    gathering.left(0, 1.0)
+    gathering.left(ENOUGH, 1.0)
+    assert connection.low == GATHERED
+    if why == "silence":
+        gathering.off()
+    else:
+        gathering.unknown()
+    assert connection.low == 1
+    gathering.left(ENOUGH, 1.0)
+    assert connection.low == (1 if why == "silence" else GATHERED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ from typing import Any
 import pytest
 import uvloop
 
+from tests.cluster.linking import server
 from tests.cluster.secure_support import NODE, Running, running
 from tests.cluster.test_mirror import Pair, balanced, emit, everything, mixed, same, until
 from upipe.cluster import routes, tls
-from upipe.cluster.inlet import TlsRecords
+from upipe.cluster.inlet import GATHERED, TlsRecords
 from upipe.cluster.lines import Lines
 from upipe.cluster.link import Link
 from upipe.cluster.opening import Opening, feed
-from upipe.cluster.records import HEADER_BYTES, Hello, Ping, Pong, encode, mirror_key
+from upipe.cluster.records import HEADER_BYTES, Hello, Ping, Pong, data_header, encode, mirror_key
 from upipe.cluster.server import Call
 
 pytestmark = pytest.mark.timeout(30)
@@ -259,3 +261,59 @@ async def test_greetings_are_remembered_up_to_a_bound_and_the_oldest_of_nobody_g
     greeted("e")
     assert link._why.startswith("the other end names more than 3 mirrors")
     link.connection_lost(None)
+
+
+class Landing:
+    """An endpoint that takes whatever comes."""
+
+    key = mirror_key("m")
+
+    def __init__(self) -> None:
+        self.room = memoryview(bytearray(1 << 20))
+        self.came = 0
+
+    def connected(self, link: Link) -> None:
+        pass
+
+    disconnected = connected
+
+    def incoming(self, link: Link, position: int, length: int) -> int:
+        return 0
+
+    def landing(self, most: int) -> memoryview:
+        return self.room[:most]
+
+    def landed(self, count: int) -> None:
+        self.came += count
+
+
+@pytest.mark.parametrize("then", ["it is silent", "nobody wants the rest"])
+async def test_what_the_kernel_gathers_of_a_record_is_heard_though_the_rest_does_not_come(
+    monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    monkeypatch.setattr("upipe.cluster.inlet.SWIFT", 30.0)  # the machine may be slow, the sender is not
+    silent = then == "it is silent"
+    monkeypatch.setattr("upipe.cluster.pulse.QUIET", 0.1 if silent else 60.0)
+    end, links = Landing(), list[Link]()
+    async with server(links.append) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        await until(lambda: links)
+        link = links[0]
+        link.add(end)  # type: ignore[arg-type]
+        whole, some, more = bytes(1 << 20), bytes(200_000), bytes(50_000)
+        writer.write(data_header(end.key, 0, len(whole)) + whole)
+        await until(lambda: end.came == len(whole))
+        writer.write(data_header(end.key, 1 << 20, len(whole)) + some)
+        await until(lambda: end.came == len(whole + some))
+        connection = link._transport.get_extra_info("socket")  # type: ignore[union-attr]
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == GATHERED
+        if silent:
+            writer.write(more)
+            await until(lambda: end.came == len(whole + some + more))
+        else:
+            link.remove(end)  # type: ignore[arg-type]
+            writer.write(whole[len(some) :] + encode(Ping(5)))
+            async with asyncio.timeout(10):
+                assert await reader.readexactly(HEADER_BYTES) == encode(Pong(5))
+        writer.close()
+        await link.over()

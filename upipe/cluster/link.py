@@ -14,7 +14,7 @@ import itertools
 from collections import deque
 from typing import Protocol, cast
 
-from upipe.cluster.inlet import TlsRecords
+from upipe.cluster.inlet import Gathering, TlsRecords
 from upipe.cluster.outlet import Outlet, PlainOutlet, TlsOutlet
 from upipe.cluster.pulse import Beat, Pulse
 from upipe.cluster.records import (
@@ -94,6 +94,7 @@ class Link(asyncio.BufferedProtocol):
         self._outlet: Outlet | None = None
         self._tls: TlsRecords | None = None
         """What it reads from beside the transport."""
+        self._gathering: Gathering | None = None
         self._lost = False
         self._paused = self._pumping = False
         self._pulse = Pulse(self._loop.time())
@@ -170,6 +171,7 @@ class Link(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
+        self._gathering = Gathering(transport)
         tls = transport.get_extra_info("ssl_object")
         if isinstance(tls, TlsRecords):  # later: first comes what was read together with the 101
             self._loop.call_soon(setattr, self, "_tls", tls)
@@ -230,6 +232,8 @@ class Link(asyncio.BufferedProtocol):
             self.close("the other end gave no sign of life for 4.5 s")
             return
         if beat is Beat.ASK:
+            if self._gathering is not None:
+                self._gathering.off()  # what came of a record is a sign of life
             self.say(Ping(int(now * 1000)))
         self._timer = self._loop.call_at(max(self._pulse.due, now + 0.01), self._beat)
 
@@ -249,6 +253,8 @@ class Link(asyncio.BufferedProtocol):
                 self._direct = True
                 return landing
             self._sink, self._unwanted, self._left = None, self._left, 0
+        if self._gathering is not None:
+            self._gathering.unknown()
         return self._scratch[self._filled : max(self._offered, self._filled + HEADER_BYTES)]
 
     def buffer_updated(self, count: int) -> None:
@@ -284,6 +290,8 @@ class Link(asyncio.BufferedProtocol):
 
     def _landed(self, count: int) -> None:
         self._left -= count
+        if self._gathering is not None:
+            self._gathering.left(self._left, self._loop.time())
         sink = self._sink
         if not self._left:
             self._sink = None
@@ -335,6 +343,8 @@ class Link(asyncio.BufferedProtocol):
         if endpoint is not None:
             self._unwanted = endpoint.incoming(self, header.position, header.length)
         self._left = header.length - self._unwanted
+        if self._gathering is not None:
+            self._gathering.begins(header.length >= LARGE, self._loop.time())
         self._sink = endpoint if self._left else None
 
     def _dispatch(self, record: Record) -> None:
