@@ -38,7 +38,7 @@ Queues in two copies
     mirror.py        the two ends at work                  mirror_end.py   what they share
     mirror_state.py  the two ends (pure)                   records.py      what they say, in bytes
     lines.py         one link per peer                     link.py         a connection of many mirrors
-    outlet.py        how a link writes                     inlet.py        how it reads over TLS
+    outlet.py        how a link writes                     inlet.py        how it reads
     pulse.py         silence and pauses (pure)
 From outside
     reach.py         finding an agent                      submitting.py   contents, then the pipe
