@@ -42,7 +42,8 @@ Queues in two copies
     mirror.py        the two ends at work                  mirror_end.py   what they share
     mirror_state.py  the two ends (pure)                   records.py      what they say, in bytes
     lines.py         one link per peer                     link.py         a connection of many mirrors
-    outlet.py        how a link writes                     pulse.py        silence and pauses (pure)
+    outlet.py        how a link writes                     inlet.py        how it reads
+    pulse.py         silence and pauses (pure)
 From outside
     reach.py         finding an agent                      submitting.py   contents, then the pipe
     shipping.py      what travels with a pipe              archive.py      directories as equal bytes

@@ -3,8 +3,8 @@ same.
 
 What comes for a sink is received straight into its ring (BufferedProtocol); what a source sends is handed over as ring
 memory. A mirror that has something to send waits in a queue for its turn; a turn is one chunk, so that a small one is
-never far behind a large one. While the transport has much left to write nobody gets a turn: so what is copied and kept
-by it is bounded by a few chunks (over plain TCP nothing is copied, see outlet.py).
+never far behind a large one. While there is much left to write nobody gets a turn: so what is copied and kept is
+bounded (over TLS by a few slices, over plain TCP nothing is copied, see outlet.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import itertools
 from collections import deque
 from typing import Protocol, cast
 
-from upipe.cluster.outlet import PlainOutlet
+from upipe.cluster.inlet import Gathering, TlsRecords
+from upipe.cluster.outlet import Outlet, PlainOutlet, TlsOutlet
 from upipe.cluster.pulse import Beat, Pulse
 from upipe.cluster.records import (
     DATA,
@@ -32,8 +33,6 @@ from upipe.errors import MirrorRefused, UpipeError
 
 CHUNK = 1 << 20
 """Bytes of ring that one turn sends. Larger ones cost fewer calls, and let the others wait longer."""
-TLS_CHUNK = 1 << 18
-"""The same over TLS, whose transport copies what it encrypted: it keeps three of them at most."""
 TURNS = 4
 """Turns before the event loop gets to read again."""
 SCRATCH = 1 << 16
@@ -64,7 +63,7 @@ class Endpoint(Protocol):
         """The other end said this."""
 
     def turn(self, link: Link) -> bool:
-        """Send one Link.chunk. False when there is nothing to send now; Link.wants() asks for turns again."""
+        """Send one chunk. False when there is nothing to send now; Link.wants() asks for turns again."""
 
     def incoming(self, link: Link, position: int, length: int) -> int:
         """Data comes. How many of its first bytes are not wanted; the others land."""
@@ -92,10 +91,11 @@ class Link(asyncio.BufferedProtocol):
         self._hellos: dict[int, Hello] = {}
         self._ready: deque[Endpoint] = deque()
         """Who wants a turn; each at most once."""
-        self.chunk = CHUNK
-        """Bytes of a turn."""
-        self._outlet: PlainOutlet | None = None
-        self._plain = self._lost = False
+        self._outlet: Outlet | None = None
+        self._tls: TlsRecords | None = None
+        """What it reads from beside the transport."""
+        self._gathering: Gathering | None = None
+        self._lost = False
         self._paused = self._pumping = False
         self._pulse = Pulse(self._loop.time())
         self._timer: asyncio.TimerHandle | None = None
@@ -104,6 +104,8 @@ class Link(asyncio.BufferedProtocol):
         self._filled = 0
         self._offered = SCRATCH
         self._direct = False
+        self._asked = 0
+        """Bytes of room that the transport was given."""
         self._sink: Endpoint | None = None
         self._unwanted = self._left = 0
         """Of the data record under way: bytes to skip first, and bytes that are to land after them."""
@@ -137,7 +139,7 @@ class Link(asyncio.BufferedProtocol):
         """Send bytes; the memory must stay as it is until the other end has answered for it."""
         if self._transport is None or self._transport.is_closing():
             return
-        if self._outlet is None and self._plain and not self._transport.get_write_buffer_size():
+        if self._outlet is None and not self._transport.get_write_buffer_size():
             self._outlet = PlainOutlet(self._transport, self.resume_writing, self._write_failed)
         if self._outlet is None:
             self._transport.write(data)
@@ -169,12 +171,14 @@ class Link(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
-        self._plain = transport.get_extra_info("ssl_object") is None
-        if self._plain:  # the outlet begins when nothing of the 101 waits in the transport: order is kept
+        self._gathering = Gathering(transport)
+        tls = transport.get_extra_info("ssl_object")
+        if isinstance(tls, TlsRecords):  # later: first comes what was read together with the 101
+            self._loop.call_soon(setattr, self, "_tls", tls)
+        if tls is None:  # the outlet begins when nothing of the 101 waits in the transport: order is kept
             self._transport.set_write_buffer_limits(high=1)
-        else:  # encrypts the next chunk while the last one is on its way
-            self.chunk = TLS_CHUNK
-            self._transport.set_write_buffer_limits(high=2 * TLS_CHUNK, low=TLS_CHUNK)
+        else:
+            self._outlet = TlsOutlet(self._transport)
         self._beat()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -210,10 +214,13 @@ class Link(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         self._paused = True
+        if isinstance(self._outlet, TlsOutlet):
+            self._outlet.pause()
 
     def resume_writing(self) -> None:
-        self._paused = False
-        self._pump()
+        self._paused = isinstance(self._outlet, TlsOutlet) and not self._outlet.resume()
+        if not self._paused:
+            self._pump()
 
     def eof_received(self) -> bool:
         return False
@@ -225,12 +232,20 @@ class Link(asyncio.BufferedProtocol):
             self.close("the other end gave no sign of life for 4.5 s")
             return
         if beat is Beat.ASK:
+            if self._gathering is not None:
+                self._gathering.off()  # what came of a record is a sign of life
             self.say(Ping(int(now * 1000)))
         self._timer = self._loop.call_at(max(self._pulse.due, now + 0.01), self._beat)
 
     # ------------------------------------------------------------ receiving
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        room = self._place()
+        self._asked = len(room)
+        return room
+
+    def _place(self) -> memoryview:
+        """Where the next bytes go."""
         self._direct = False
         if self._sink is not None and not self._unwanted and not self._filled:
             landing = self._sink.landing(self._left)
@@ -238,10 +253,26 @@ class Link(asyncio.BufferedProtocol):
                 self._direct = True
                 return landing
             self._sink, self._unwanted, self._left = None, self._left, 0
+        if self._gathering is not None:
+            self._gathering.unknown()
         return self._scratch[self._filled : max(self._offered, self._filled + HEADER_BYTES)]
 
     def buffer_updated(self, count: int) -> None:
         self._pulse.heard(self._loop.time())
+        self._took(count)
+        if self._tls is not None and count == self._asked:
+            self._take_rest(self._tls)
+
+    def _take_rest(self, tls: TlsRecords) -> None:
+        """What came with it over TLS."""
+        while not self._why:
+            room = self._place()
+            count = tls.take(room)
+            if not count:
+                return
+            self._took(count)
+
+    def _took(self, count: int) -> None:
         self.heard += count
         try:
             if self._direct:
@@ -259,6 +290,8 @@ class Link(asyncio.BufferedProtocol):
 
     def _landed(self, count: int) -> None:
         self._left -= count
+        if self._gathering is not None:
+            self._gathering.left(self._left, self._loop.time())
         sink = self._sink
         if not self._left:
             self._sink = None
@@ -310,6 +343,8 @@ class Link(asyncio.BufferedProtocol):
         if endpoint is not None:
             self._unwanted = endpoint.incoming(self, header.position, header.length)
         self._left = header.length - self._unwanted
+        if self._gathering is not None:
+            self._gathering.begins(header.length >= LARGE, self._loop.time())
         self._sink = endpoint if self._left else None
 
     def _dispatch(self, record: Record) -> None:

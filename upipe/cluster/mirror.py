@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from upipe.cluster import mirror_state
 from upipe.cluster.gate import Tail
-from upipe.cluster.link import Link
+from upipe.cluster.link import CHUNK, Link
 from upipe.cluster.mirror_end import MirrorEnd, ignore, safe
 from upipe.cluster.mirror_state import (
     CloseStream,
@@ -120,8 +120,8 @@ class MirrorSource(MirrorEnd):
             return False
         if not self._run:
             return True  # a hole was told
-        chunk = self._run[:link.chunk]
-        self._run = self._run[link.chunk:]
+        length = len(self._run) if len(self._run) <= CHUNK + JOIN else CHUNK  # a frame of 1 MiB has a header, too
+        chunk, self._run = self._run[:length], self._run[length:]
         header = data_header(self.key, self.machine.cursor, len(chunk))
         if len(chunk) <= JOIN:
             link.write(header + bytes(chunk))
@@ -133,7 +133,7 @@ class MirrorSource(MirrorEnd):
 
     def _fetch(self, link: Link) -> bool:
         """Fill the run, or tell a hole. False when there is nothing to send; a bell or a timer tells when there is."""
-        found = self.ring.outgoing(self.machine.cursor, link.chunk)
+        found = self.ring.outgoing(self.machine.cursor, CHUNK)
         if found is None:
             many, self._frames = self._frames >= MANY, 0
             if many:
@@ -141,7 +141,7 @@ class MirrorSource(MirrorEnd):
                 return False
             self.on_news()
             self.ring.arm(0)
-            found = self.ring.outgoing(self.machine.cursor, link.chunk)  # what came before the bell was armed
+            found = self.ring.outgoing(self.machine.cursor, CHUNK)  # what came before the bell was armed
             if found is None:
                 self._look_for_end()
                 return False

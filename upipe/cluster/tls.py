@@ -47,6 +47,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from upipe.cluster.inlet import TlsRecords
 from upipe.cluster.token import Secret
 from upipe.errors import CertificateError, OptionInvalid
 from upipe.settings import Certificates
@@ -331,6 +332,7 @@ def client_context(credentials: Credentials) -> ssl.SSLContext:
 
 def _context(protocol: int, credentials: Credentials) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
+    context.sslobject_class = TlsRecords
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_verify_locations(cadata=credentials.ca.decode("ascii"))
     if credentials.derived:
