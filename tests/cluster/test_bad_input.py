@@ -183,7 +183,12 @@ def test_nothing_listens_without_a_token_nor_beyond_loopback_without_tls(place: 
 def test_a_port_in_use(place: Place) -> None:
     said = place.refuses(0, "--host", "0.0.0.0")
     assert re.search(r"port 7420 on 0\.0\.0\.0 is in use by process \d+ \(python.*\): stop that, or .*--port", said)
-    assert "port 7420 on 0.0.0.0 is in use by process" in place.doctor(0)
+    assert "the agent of this host" in place.doctor(0, status=0)  # warnings: it is alone here
+    listens = "import socket, time; s = socket.create_server(('0.0.0.0', 7420)); print(flush=True); time.sleep(60)"
+    with place.hosts.lan.popen(1, sys.executable, "-c", listens, stdout=subprocess.PIPE) as stranger:
+        assert stranger.stdout is not None and stranger.stdout.readline()
+        assert "port 7420 on 0.0.0.0 is in use by process" in place.doctor(1)
+        stranger.kill()
 
 
 def test_a_seed_that_cannot_be_reached(place: Place) -> None:

@@ -17,6 +17,7 @@ from tests.cluster.test_lanes import CLIENT, one, seats
 from tests.cluster.test_mirror import certificate, until
 from upipe import MemQ
 from upipe.cluster import ferry as ferries
+from upipe.cluster import stations
 from upipe.cluster import mending
 from upipe.cluster.dealings import NodeReport
 from upipe.cluster.lanes import lay_out, relay
@@ -403,7 +404,7 @@ async def test_a_copy_that_is_gone_is_told_as_broken_and_a_fresh_pair_carries_th
     lost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ferries, "AGAIN", 0.02)
-    monkeypatch.setattr(ferries, "BROKEN", 0.2)
+    monkeypatch.setattr(stations, "BROKEN", 0.2)
     async with harbour(AB, lay_out(AB, seats(a="1", b="2"), "")) as here:
         one_, node = here.nodes["1"], here.nodes[lost]
         writer = one_.writer(A_TO_B)

@@ -12,12 +12,13 @@ import pytest
 
 from tests.cluster.agent_support import SPEC, FakeEngines, until
 from upipe.cluster import part as module
-from upipe.cluster import wire
+from upipe.cluster import promises, wire
 from upipe.cluster.dealings import NodeReport
 from upipe.cluster.keeping import Job
 from upipe.cluster.lanes import lay_out
 from upipe.cluster.layout import node_plan
-from upipe.cluster.part import Part, Unfit
+from upipe.cluster.part import Part
+from upipe.cluster.part_means import Unfit
 from upipe.cluster.placement import Placement
 from upipe.errors import KeeperFailed, MessageInvalid, NodeRefused, NodeUnreachable
 
@@ -135,8 +136,8 @@ async def test_what_cannot_be_fetched_yet_is_tried_again_and_what_cannot_run_is_
 
 
 async def test_workers_that_there_is_no_room_for_are_refused_and_what_ran_before_goes_on(made, monkeypatch):
-    monkeypatch.setattr(module, "ROOM", 0.1)
-    monkeypatch.setattr(module, "LOOK", 0.01)
+    monkeypatch.setattr(promises, "ROOM", 0.1)
+    monkeypatch.setattr(promises, "LOOK", 0.01)
     part, means, _ = made
     means.full = (("a", 0),)
     part.order(orders(1))
@@ -159,11 +160,11 @@ async def test_workers_that_there_is_no_room_for_are_refused_and_what_ran_before
     assert part.promised == {} and means.changes > changes
     part.order(orders(4, stop=True))
     await until(lambda: not means.told[-1].present)
-    assert part.agreed == frozenset()
+    assert part.promises.agreed == frozenset()
 
 
 async def test_room_that_comes_within_some_seconds_is_taken_and_newer_orders_do_not_wait_for_it(made, monkeypatch):
-    monkeypatch.setattr(module, "LOOK", 0.01)
+    monkeypatch.setattr(promises, "LOOK", 0.01)
     part, means, _ = made
     means.full = (("a", 0),)
     part.order(orders(1))
@@ -179,7 +180,7 @@ async def test_room_that_comes_within_some_seconds_is_taken_and_newer_orders_do_
 
 
 async def test_what_was_refused_before_a_restart_is_still_refused_after_it(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "ROOM", 0.0)
+    monkeypatch.setattr(promises, "ROOM", 0.0)
     part, means, _ = made
     means.full = (("a", 0),)
     part.order(orders(1))

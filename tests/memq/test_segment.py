@@ -375,6 +375,17 @@ def test_remove_dead_removes_only_what_is_dead(child):
     made.close()
 
 
+def test_a_worker_that_died_just_as_it_made_its_session_leaves_nothing(child):
+    p = child(signal.pause)
+    path = segment.session_path(p.pid, segment.start_time(p.pid))
+    path.mkdir()  # killed before it made the lock
+    kill(p)
+    segment.sweep()
+    assert path.exists()  # seen from another pid namespace it might be about to make it
+    segment.remove_dead(*map(int, path.name.split("-")))
+    assert not path.exists()
+
+
 def test_a_forked_worker_can_let_go_of_its_parents_session(child):
     def works():
         mine = segment._session

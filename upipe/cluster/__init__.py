@@ -28,6 +28,7 @@ Which worker runs where
     desk.py          where the submitting process is served
 A pipe on a node
     parts.py         all parts of pipes here               part.py         one: keeper, ferry, reports
+    part_means.py    what a part needs of its agent        promises.py     room here that a pipe was promised
     store.py         contents by SHA-256                   fitting.py      does this node fit what a pipe brings?
     keepers.py       the agent's end of a keeper           keeping.py      what the two say to each other
     halts.py         is a stopped one killed? (pure)
@@ -38,6 +39,7 @@ A pipe on a node
     keeper_written.py how far sources came                 keeper_output.py   what workers print
 Queues in two copies
     ferry.py         a pipe's mirrors on one node          passages.py     which queue feeds which (pure)
+    stations.py      its queues
     gate.py          what a host may tell (pure)           tail_watch.py   when something was finished
     mirror.py        the two ends at work                  mirror_end.py   what they share
     mirror_state.py  the two ends (pure)                   records.py      what they say, in bytes

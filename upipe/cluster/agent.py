@@ -45,7 +45,7 @@ from upipe.cluster.neighbours import Neighbours, NodeEvent
 from upipe.cluster.node_id import DataDir, Identity
 from upipe.cluster.offers import node_of
 from upipe.cluster.options import Settled
-from upipe.cluster.part import FerryHandle, KeeperHandle
+from upipe.cluster.part_means import FerryHandle, KeeperHandle
 from upipe.cluster.parts import Parts
 from upipe.cluster.peers import Peers
 from upipe.cluster.pipe_requests import PipeRequests

@@ -13,78 +13,27 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import msgspec
 
 from upipe.cluster import wire
 from upipe.cluster.dealings import QueueState
 from upipe.cluster.gate import Gate, Tail
-from upipe.cluster.layout import HOLD, MirrorPlan, NodePlan, QueueHere
+from upipe.cluster.layout import MirrorPlan, NodePlan, QueueHere
 from upipe.cluster.lines import Lines
 from upipe.cluster.mirror import Mirror, MirrorSink, MirrorSource
 from upipe.cluster.mirror_end import AGAIN
 from upipe.cluster.mirror_state import Failed
 from upipe.cluster.passages import NONE, passages
-from upipe.cluster.record import Books
+from upipe.cluster.stations import CALM, Calm, Fault, Station, come, state
 from upipe.cluster.tail_watch import GLANCE, STEP, TailWatch
 from upipe.errors import MirrorRefused, UpipeError
 from upipe.memq.queue import MemQ
 
-CALM = 0.02
-"""Seconds between two calls of on_change while much changes; after as long a quiet it is called at once."""
-BROKEN = 10.0
-"""Seconds of one fault after the other, without getting any further in between, until a queue is told as broken: its
-mirror gets a fresh pair of copies then, or the pipe fails (mending.py). Longer outlives longer troubles of a node that
-pass by themselves, and leaves the pipe standing still for as long."""
 SOURCE_COPY = 1
 """MemQ.mirror[0] of a queue that only its mirror reads."""
 
 log = logging.getLogger("upipe.cluster")
-
-
-@dataclass
-class _Station:
-    """One queue of the plan on this node."""
-
-    here: QueueHere
-    label: str
-    plan: MirrorPlan | None
-    """Its mirror, as the plan says."""
-    ring: MemQ
-    """Handle of the mirror, which closes it, or of the station."""
-    mirror: Mirror | None = None
-    watch: TailWatch | None = None
-    gated: bool = False
-    """Its watch is for the gate."""
-
-    def close(self) -> None:
-        """Leave the queue as it is. Idempotent."""
-        if self.watch is not None:
-            self.watch.close()
-            self.watch = None
-        if self.mirror is not None:
-            self.mirror.close()
-        self.ring.close()
-
-
-@dataclass
-class _Fault:
-    """Of a queue, one after the other."""
-
-    text: str
-    epoch: int
-    position: int
-    """The furthest that its copy had come."""
-    first: float
-    last: float
-
-    def goes_on(self, epoch: int, position: int, now: float) -> bool:
-        """Whether one that comes now is the same trouble: of the same pair, soon after, no further on."""
-        return epoch == self.epoch and position <= self.position and now - self.last <= 3 * AGAIN
-
-    def broken(self, now: float) -> bool:
-        return now - self.first >= BROKEN and now - self.last <= 3 * AGAIN
 
 
 class Ferry:
@@ -102,18 +51,18 @@ class Ferry:
         self.node = node
         self.pipe = pipe
         self._lines = lines
-        self._news = _Calm(on_change)
+        self._news = Calm(on_change)
         self._loop = asyncio.get_running_loop()
         self._plan: NodePlan | None = None
         self._labels: dict[str, str] = {}
-        self._stations: dict[str, _Station] = {}
+        self._stations: dict[str, Station] = {}
         self._gate = Gate(())
         self._passages = NONE
         self._looking: asyncio.Handle | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._faults: dict[str, str] = {}
         """Queues that could not be attached, mirrored or watched, with the reason: they are tried again."""
-        self._history: dict[str, _Fault] = {}
+        self._history: dict[str, Fault] = {}
         """Their latest faults; a queue that is well again keeps its own until its plan changes."""
         self._trouble = ""
         """Why the gate cannot look."""
@@ -188,7 +137,7 @@ class Ferry:
     def states(self) -> dict[str, QueueState]:
         """How every queue of the plan stands, read now; one that could not be attached says nothing good of itself."""
         known = {queue.plan.name: QueueState() for queue in self._plan.queues} if self._plan else {}
-        found = {**known, **{name: _state(station) for name, station in self._stations.items() if name in known}}
+        found = {**known, **{name: state(station) for name, station in self._stations.items() if name in known}}
         now = self._loop.time()
         for name, fault in self._history.items():
             if name in found and fault.broken(now):
@@ -201,7 +150,7 @@ class Ferry:
         plans = _mirrors(self._plan)
         return [self._info(plans[name], self._stations.get(name)) for name in plans]
 
-    def _info(self, plan: MirrorPlan, station: _Station | None) -> wire.MirrorInfo:
+    def _info(self, plan: MirrorPlan, station: Station | None) -> wire.MirrorInfo:
         role, peer = ("source", plan.sink) if plan.source == self.node else ("sink", plan.source)
         mirror = station.mirror if station is not None else None
         if mirror is None:
@@ -234,7 +183,7 @@ class Ferry:
         except (UpipeError, OSError, LookupError) as error:
             self._fault(name, error, before)
             return
-        station = self._stations[name] = _Station(queue, label, plan, ring)
+        station = self._stations[name] = Station(queue, label, plan, ring)
         try:
             if plan is not None:
                 self._mirror(station, plan)
@@ -251,10 +200,10 @@ class Ferry:
 
     def _remember(self, name: str, text: str) -> None:
         plan, station, now = _mirrors(self._plan).get(name), self._stations.get(name), self._loop.time()
-        epoch, position = _epoch(plan), _come(station)
+        epoch, position = _epoch(plan), come(station)
         known = self._history.get(name)
         if known is None or not known.goes_on(epoch, position, now):
-            self._history[name] = _Fault(text, epoch, position, now, now)
+            self._history[name] = Fault(text, epoch, position, now, now)
         else:
             known.text, known.last = text, now
 
@@ -272,7 +221,7 @@ class Ferry:
             log.exception("pipe %s: its mirrors cannot be set up, and are tried again", self.pipe)
             self._try_again()
 
-    def _mirror(self, station: _Station, plan: MirrorPlan) -> None:
+    def _mirror(self, station: Station, plan: MirrorPlan) -> None:
         name = self._name(plan)
         mirror: Mirror
         if plan.source == self.node:
@@ -288,7 +237,7 @@ class Ferry:
         mirror.on_failed = lambda failed: self._failed(station, failed)
         self._lines.carry(mirror, peer, plan.dialer == self.node)
 
-    def _failed(self, station: _Station, failed: Failed) -> None:
+    def _failed(self, station: Station, failed: Failed) -> None:
         """A mirror does not go on by itself: both its ends are opened again, on the same copies."""
         name = station.here.plan.name
         if self._stations.get(name) is not station:
@@ -297,7 +246,7 @@ class Ferry:
         self._fault(name, MirrorRefused(failed.code, failed.text), known.text if known is not None else "")
         self._try_again()
 
-    def _read_here(self, station: _Station) -> None:
+    def _read_here(self, station: Station) -> None:
         """Its mirror is over: what was not finished there is read here again."""
         try:
             station.ring.mirror_local()
@@ -320,7 +269,7 @@ class Ferry:
             self._watch(station, name in found.read)
         self._look_soon()
 
-    def _watch(self, station: _Station, gated: bool) -> None:
+    def _watch(self, station: Station, gated: bool) -> None:
         """A home without mirror is watched by the station: closely where the gate waits for it."""
         if station.mirror is not None or (station.watch is not None and station.gated == gated):
             return
@@ -384,38 +333,6 @@ NEVER = 1 << 63
 """Head of a queue that could not be attached: what may lie in it has not left."""
 
 
-class _Calm:
-    """Calls back at once, and then at most every CALM seconds."""
-
-    def __init__(self, call: Callable[[], None]) -> None:
-        self._call = call
-        self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.Handle | None = None
-        self._more = self._closed = False
-
-    def say(self) -> None:
-        """There is news."""
-        if self._timer is None and not self._closed:
-            self._timer = self._loop.call_soon(self._now)
-        else:
-            self._more = True
-
-    def _now(self) -> None:
-        self._more = False
-        self._timer = self._loop.call_later(CALM, self._later)
-        self._call()
-
-    def _later(self) -> None:
-        self._timer = None
-        if self._more:
-            self._now()
-
-    def close(self) -> None:
-        self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
-
-
 def _mirrors(plan: NodePlan | None) -> dict[str, MirrorPlan]:
     """By queue: each has at most one on a node."""
     return {mirror.queue: mirror for mirror in plan.mirrors} if plan else {}
@@ -423,26 +340,3 @@ def _mirrors(plan: NodePlan | None) -> dict[str, MirrorPlan]:
 
 def _epoch(plan: MirrorPlan | None) -> int:
     return plan.epoch if plan is not None else 0
-
-
-def _come(station: _Station | None) -> int:
-    """How far the copy of a queue has come, as far as this end knows."""
-    mirror = station.mirror if station is not None else None
-    if mirror is None:
-        return 0
-    return mirror.received if isinstance(mirror, MirrorSource) else mirror.machine.head
-
-
-def _state(station: _Station) -> QueueState:
-    mirror = station.mirror
-    if station.ring.is_closed:
-        return QueueState()
-    closed, tail, head, emitted, finished, dead, dropped, aborted, redelivered, size = station.ring.standing(HOLD)
-    books = Books(emitted, finished, dead, dropped, aborted, redelivered, size)
-    if station.here.role == "sink":
-        knows = isinstance(mirror, MirrorSink) and mirror.machine.known >= tail
-        return QueueState(settled=knows, books=books)
-    if station.plan is None:
-        return QueueState(tail == head, closed, True, books)
-    received = isinstance(mirror, MirrorSource) and mirror.received >= head
-    return QueueState(tail == head, closed, received, books)

@@ -19,21 +19,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from upipe.cluster import wire
-from upipe.cluster.dealings import NodeReport, QueueState
+from upipe.cluster.dealings import NodeReport
 from upipe.cluster.layout import NodePlan
 from upipe.cluster.ledger import replace_file
-from upipe.cluster.offers import needs
-from upipe.cluster.placement import Seat
+from upipe.cluster.part_means import Fence, FerryHandle, KeeperHandle, Means, Unfit
+from upipe.cluster.promises import Promises
 from upipe.errors import ClusterError, KeeperFailed, MessageInvalid, NodeRefused, UpipeError
-from upipe.graph.spec import PipeSpec
 from upipe.runtime.spool import DeadLetter
 
 if TYPE_CHECKING:
@@ -55,78 +54,9 @@ ends by itself."""
 READY = 30.0
 """Seconds for which it is tried to get what the pipe's code needs, before this node counts as unfit for it. Longer
 outlives longer cuts from those that have it; meanwhile the pipe waits for its workers here."""
-ROOM = 5.0
-"""Seconds for which workers that this node has no room for wait for some, before they are refused: a pipe that has
-ended for its coordinator may have its workers here a little longer. The rest of the plan waits with them."""
-LOOK = 0.1
-"""Seconds between two looks for room."""
 TRIES = 3
 """Of starting a keeper, before the pipe fails with the reason."""
 log = logging.getLogger("upipe.cluster")
-Fence = tuple[int, int]
-
-
-def _seats(plan: NodePlan | None) -> list[Seat]:
-    return [(one.processor, one.index) for one in plan.workers] if plan is not None else []
-
-
-class KeeperHandle(Protocol):
-    """keepers.Keeper."""
-
-    async def start(self, job: Job) -> None: ...
-    async def find(self) -> bool: ...
-    def follow(self, fence: Fence, plan: NodePlan | None) -> None: ...
-    async def letters(self) -> list[DeadLetter]: ...
-    def close(self) -> None: ...
-    def kill(self) -> None: ...
-
-
-class FerryHandle(Protocol):
-    """ferry.Ferry."""
-
-    def release(self, plan: NodePlan | None) -> None: ...
-    def follow(self, plan: NodePlan, labels: dict[str, str]) -> None: ...
-    def states(self) -> Mapping[str, QueueState]: ...
-    def infos(self) -> list[wire.MirrorInfo]: ...
-    def close(self) -> None: ...
-
-
-class Means(Protocol):
-    """What a part needs of its agent (parts.py)."""
-
-    node: str
-
-    def number(self) -> int:
-        """Of the next report; rises over all lives of this node."""
-
-    def keeper(self, pipe: str, news: Callable[[KeeperNews], None], lost: Callable[[str], None]) -> KeeperHandle: ...
-    def ferry(self, pipe: str, changed: Callable[[], None]) -> FerryHandle: ...
-    async def prepare(self, pipe: str, orders: wire.Orders) -> Job:
-        """Fetch and check what the pipe's code needs. Unfit: it cannot run here."""
-
-    def beyond(
-        self, pipe: str, spec: PipeSpec, seats: list[Seat], agreed: frozenset[Seat]
-    ) -> tuple[tuple[Seat, ...], str, dict[str, float]]:
-        """The workers of a pipe that this node has no room for, why, and what is promised to others (offers.py)."""
-
-    def promises(self) -> None:
-        """What this part has promised is something else now."""
-
-    def report(self, coordinator: str, pipe: str, report: NodeReport) -> Awaitable[None]:
-        """Tell a coordinator. ClusterError: it was not heard."""
-
-    async def keep_letters(self, pipe: str, letters: list[DeadLetter]) -> None:
-        """Of a pipe that ends here, for who asks later."""
-
-    def successor(self, pipe: str, epoch: int) -> str:
-        """Who coordinates the pipe after that epoch, as far as is known here; "" when nobody is known to."""
-
-    def orphaned(self, pipe: str) -> bool:
-        """Whether nobody here keeps the record of the pipe either."""
-
-
-class Unfit(Exception):
-    """The pipe cannot run on this node; the sentence says why."""
 
 
 class Part:
@@ -150,15 +80,7 @@ class Part:
         self.failed = ""
         self.unfit = ""
         """Why nothing of the pipe can run here."""
-        self.agreed: frozenset[Seat] = frozenset()
-        """Workers that have been promised their room here: of the plan that is followed, or about to be."""
-        self.refused: tuple[Seat, ...] = ()
-        """The others of that plan."""
-        self._others: dict[str, float] = {}
-        """What was promised to other pipes then."""
-        self._admitted: Fence = (0, 0)
-        """Of the plan that `agreed` is of."""
-        self._spec: PipeSpec | None = None
+        self.promises = Promises(pipe, means)
         self._path = path
         self._means = means
         self._over = over
@@ -194,7 +116,8 @@ class Part:
         if orders.fence < self.orders.fence:
             return False
         if orders.fence > self.orders.fence:
-            self.orders, self._successor, self._spec = orders, "", orders.spec or self._spec
+            self.orders, self._successor = orders, ""
+            self.promises.spec = orders.spec or self.promises.spec
             self._wake.set()
         self._heard = ()  # who says it again has not heard the report
         self._dirty.set()
@@ -207,9 +130,8 @@ class Part:
 
     def recover(self, orders: wire.Orders) -> None:
         """After a restart of the agent: find the keeper again. Nothing is reported before."""
-        self.orders, self._seeking, self._spec = orders, True, orders.spec
-        self._admitted, self.refused = orders.fence, orders.refused
-        self._promise(_seats(orders.plan))
+        self.orders, self._seeking = orders, True
+        self.promises.recover(orders)
         self._keeper = self._means.keeper(self.pipe, self._on_news, self._on_lost)
         self._wake.set()
 
@@ -284,11 +206,11 @@ class Part:
             if self.orders is not orders:
                 self._wake.set()  # newer ones came; nothing was begun for these
                 return
-        plan = await self._admit(orders, orders.plan)
+        plan = await self.promises.admit(orders.fence, orders.plan, lambda: self.orders is orders and not self.lost)
         if self.orders is not orders:
             self._wake.set()
             return
-        noted = msgspec.structs.replace(orders, refused=self.refused)
+        noted = msgspec.structs.replace(orders, refused=self.promises.refused)
         await self._keep(noted)
         if self.lost:
             return  # since just now
@@ -304,34 +226,6 @@ class Part:
         self._keeper.follow(orders.fence, plan)
         if self.news is not None and self.news.fence == orders.fence:
             self._on_news(self.news)  # a keeper that was found again follows it already, and said so before we listened
-
-    async def _admit(self, orders: wire.Orders, plan: NodePlan) -> NodePlan:
-        """The plan with the workers that there is room for. What runs here stays; the others wait for ROOM seconds."""
-        seats, until = _seats(plan), self._loop.time() + ROOM
-        while self._admitted != orders.fence and not self.lost:
-            assert self._spec is not None
-            refused, why, others = self._means.beyond(self.pipe, self._spec, seats, self.agreed)
-            if refused and self._loop.time() < until:
-                await asyncio.sleep(LOOK)
-                if self.orders is not orders:
-                    break
-                continue
-            if refused:
-                log.warning("pipe %s: there is no room here for %d of its workers: %s", self.pipe, len(refused), why)
-            self._admitted, self.refused, self._others = orders.fence, refused, others
-            self._promise(seats)
-        workers = tuple(one for one in plan.workers if (one.processor, one.index) not in self.refused)
-        return plan if workers == plan.workers else msgspec.structs.replace(plan, workers=workers)
-
-    def _promise(self, seats: list[Seat]) -> None:
-        self.agreed = frozenset(seats) - set(self.refused)
-        self._means.promises()
-
-    @property
-    def promised(self) -> dict[str, float]:
-        """What its workers here may use."""
-        ended = set(self.news.ended) if self.news is not None else set()
-        return needs(self._spec, self.agreed - ended) if self._spec is not None else {}
 
     async def _keep(self, orders: wire.Orders) -> None:
         """On disk. Without it nothing is done: the next agent would follow older ones."""
@@ -361,17 +255,12 @@ class Part:
     def _obeyed(self, fence: Fence) -> None:
         self._gone, self.lost, self.failed, self.unfit, self._stopped = True, False, "", "", fence
         self._job = self.news = None
-        self._break_promises()
+        self.promises.broken()
         if self._keeper is not None:
             self._keeper.close()
             self._keeper = None
         self._dirty.set()
         self._loop.call_later(FAREWELL, self._leave, fence)
-
-    def _break_promises(self) -> None:
-        """Nothing runs here."""
-        self._admitted, self.refused = (0, 0), ()
-        self._promise([])
 
     def _leave(self, fence: Fence) -> None:
         if self._gone and self._stopped == fence == self.orders.fence:
@@ -420,7 +309,7 @@ class Part:
         log.error("pipe %s: its keeper on this node is lost: %s", self.pipe, why)
         self._release()
         self._gone, self.news = True, None
-        self._break_promises()
+        self.promises.broken()
         if self.orders.plan is None:
             self._obeyed(self.orders.fence)
         else:
@@ -443,11 +332,11 @@ class Part:
                 return NodeReport(self._means.node, number, self.followed, failed=why)
             return None
         ended, left = tuple(news.ended), tuple(news.left)
-        states = dict(self._ferry.states())
+        states, mine = dict(self._ferry.states()), self.promises
+        why = self.failed or (news.failed and f"on node {self._means.node}: {news.failed}")
         return NodeReport(
-            self._means.node, number, self.followed, True, False, ended, left, states, False,
-            self.failed or (news.failed and f"on node {self._means.node}: {news.failed}"), news.up and not self.refused,
-            news.crews, self.refused, self._others if self.refused else {},
+            self._means.node, number, self.followed, True, False, ended, left, states, False, why,
+            news.up and not mine.refused, news.crews, mine.refused, mine.others if mine.refused else {},
         )  # fmt: skip
 
     async def _report_changes(self) -> None:
@@ -503,6 +392,11 @@ class Part:
             self.order(wire.Orders((epoch, revision + 1), None, coordinator=self.orders.coordinator))
 
     # ------------------------------------------------------------------ asked by handlers
+
+    @property
+    def promised(self) -> dict[str, float]:
+        """What its workers here may use."""
+        return self.promises.of(self.news.ended if self.news is not None else ())
 
     @property
     def workers(self) -> int:

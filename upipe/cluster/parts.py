@@ -24,7 +24,8 @@ from upipe.cluster.fitting import differences, misfit
 from upipe.cluster.last_letters import LastLetters
 from upipe.cluster.messages import MAX_PROMISED
 from upipe.cluster.offers import beyond
-from upipe.cluster.part import FerryHandle, KeeperHandle, Part, Unfit
+from upipe.cluster.part import Part
+from upipe.cluster.part_means import FerryHandle, KeeperHandle, Unfit
 from upipe.cluster.peers import Peers
 from upipe.cluster.placement import Seat
 from upipe.cluster.routes import CODE, REPORT
@@ -173,19 +174,19 @@ class Parts:
     # ------------------------------------------------------------------ means of a part
 
     def number(self) -> int:
-        """See part.Means."""
+        """See part_means.Means."""
         return next(self._numbers)
 
     def keeper(self, pipe: str, news: Callable[[KeeperNews], None], lost: Callable[[str], None]) -> KeeperHandle:
-        """See part.Means."""
+        """See part_means.Means."""
         return self._make_keeper(self._directory / "pipes" / pipe, news, lost)
 
     def ferry(self, pipe: str, changed: Callable[[], None]) -> FerryHandle:
-        """See part.Means."""
+        """See part_means.Means."""
         return self._make_ferry(pipe, changed)
 
     async def keep_letters(self, pipe: str, letters: list[DeadLetter]) -> None:
-        """See part.Means."""
+        """See part_means.Means."""
         try:
             await asyncio.to_thread(self._last.keep, pipe, letters)
         except OSError as error:
@@ -204,7 +205,7 @@ class Parts:
     def beyond(
         self, pipe: str, spec: PipeSpec, seats: list[Seat], agreed: frozenset[Seat]
     ) -> tuple[tuple[Seat, ...], str, dict[str, float]]:
-        """See part.Means."""
+        """See part_means.Means."""
         others: dict[str, float] = {}
         for part in self.all.values():
             for name, amount in part.promised.items() if part.pipe != pipe else ():
@@ -212,7 +213,7 @@ class Parts:
         return *beyond(self._has(), others, spec, seats, agreed), others
 
     def promises(self) -> None:
-        """See part.Means. Told a little later: much changes at a time."""
+        """See part_means.Means. Told a little later: much changes at a time."""
         if self._telling is None:
             self._telling = asyncio.get_running_loop().call_later(TELL, self._tell_promises)
 
@@ -224,15 +225,15 @@ class Parts:
             self._promised(dict(list(now.items())[:MAX_PROMISED]))
 
     def orphaned(self, pipe: str) -> bool:
-        """See part.Means."""
+        """See part_means.Means."""
         return not self._known(pipe)
 
     def successor(self, pipe: str, epoch: int) -> str:
-        """See part.Means."""
+        """See part_means.Means."""
         return self._successor(pipe, epoch)
 
     def report(self, coordinator: str, pipe: str, report: NodeReport) -> Awaitable[None]:
-        """See part.Means."""
+        """See part_means.Means."""
         return self._report(coordinator, pipe, report)
 
     async def _report(self, coordinator: str, pipe: str, report: NodeReport) -> None:
@@ -242,7 +243,7 @@ class Parts:
             await self._peers.call(coordinator, REPORT, wire.Told(report), pipe=pipe)
 
     async def prepare(self, pipe: str, orders: wire.Orders) -> Job:
-        """See part.Means."""
+        """See part_means.Means."""
         from upipe.cluster.keeping import Job
 
         shipment = orders.shipment

@@ -289,7 +289,7 @@ greeting: ContextVar[Greeting | None] = ContextVar("greeting", default=None)
 """Of the handshake that runs in this context."""
 
 
-class _Telling(ssl.SSLObject):
+class _Telling(TlsRecords):
     """A handshake whose failure reaches the peer: OpenSSL words an alert ("certificate expired"), and both asyncio and
     uvloop throw it away with the connection when do_handshake() raises. So it asks for more to read first, at which
     they send what there is to send, and the peer, which knows why now, ends the connection itself."""

@@ -188,13 +188,17 @@ def sweep() -> list[str]:
     return [entry.name for entry in root().iterdir() if _is_dead(entry) and _sweep(entry)]
 
 
-def _sweep(entry: Path) -> bool:
-    """Remove one dead session unless somebody still uses it. True when it is gone."""
+def _sweep(entry: Path, patience: float | None = None) -> bool:
+    """Remove one dead session unless somebody still uses it. True when it is gone.
+
+    Args:
+        patience: seconds for which it is left alone while it has no lock; default YOUNG.
+    """
     try:
         lock = os.open(entry / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         try:
-            if time.time() - entry.lstat().st_mtime < YOUNG:
+            if time.time() - entry.lstat().st_mtime < (YOUNG if patience is None else patience):
                 return False  # seen from another pid namespace, a process that starts looks dead
         except FileNotFoundError:
             return False  # somebody else swept it
@@ -302,10 +306,11 @@ def open_file(name: str) -> int:
 
 
 def remove_dead(pid: int, start: int) -> None:
-    """Remove the session of one process that is known to be dead (a supervisor, after a worker's death)."""
+    """Remove the session of one process that is known to be dead (a supervisor, after a worker's death), also when it
+    died just as it made or removed it: then it has no lock."""
     path = session_path(pid, start)
     if path.exists() and _is_dead(path):
-        _sweep(path)
+        _sweep(path, patience=0.0)
 
 
 def end_worker_session() -> None:
