@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
-ON_ITS_WAY = 30
-"""After a node was lost: numbers whose results had left it and which it had not told as finished; a tenth of a second's
-worth. (What it had taken and not passed on is not seen twice.)"""
+ON_ITS_WAY = 100
+"""After a node was lost: numbers whose results had left it and which it had not told as finished; a third of a second's
+worth, which its agent may be late on a busy machine. (What it had taken and not passed on is not seen twice.)"""
 
 
 class Sighting(NamedTuple):

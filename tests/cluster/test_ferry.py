@@ -17,8 +17,7 @@ from tests.cluster.test_lanes import CLIENT, one, seats
 from tests.cluster.test_mirror import certificate, until
 from upipe import MemQ
 from upipe.cluster import ferry as ferries
-from upipe.cluster import stations
-from upipe.cluster import mending
+from upipe.cluster import mending, stations
 from upipe.cluster.dealings import NodeReport
 from upipe.cluster.lanes import lay_out, relay
 from upipe.cluster.record import Books

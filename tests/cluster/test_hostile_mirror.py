@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -33,6 +34,7 @@ from upipe.errors import ClusterError, NodeRefused
 from upipe.memq._ring import fingerprint
 from upipe.settings import MIB
 
+T = TypeVar("T")
 pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.timeout(120)]
 
 
@@ -75,6 +77,25 @@ async def intruder(nodes: Nodes, identity: tls.Identity, name: str) -> AsyncIter
             link.close()
 
 
+async def answered(
+    nodes: Nodes, identity: tls.Identity, name: str, kind: type[T], hello: Hello, *more: bytes
+) -> T:
+    """What node 1 says to that hello and what follows it. The true node dials as well, and who dialled last is heard:
+    so it is said again until there is an answer."""
+    async with asyncio.timeout(20):
+        while True:
+            async with intruder(nodes, identity, name) as (link, ear):
+                link.say(hello)
+                with suppress(TimeoutError):
+                    if more:
+                        await until(lambda: any(isinstance(one, Hello) for one in ear.said), 2)
+                    for data in more:
+                        link.write(data)
+                    await until(lambda: any(isinstance(one, kind) for one in ear.said), 2)
+                    [said] = [one for one in ear.said if isinstance(one, kind)]
+                    return said
+
+
 def header(kind: int, length: int, key: int, position: int = 0) -> bytes:
     made = bytearray(data_header(key, position, length))
     made[0] = kind
@@ -114,24 +135,16 @@ async def test_nonsense_over_a_mirrors_connection_changes_no_ring(tmp_path: Path
         async with intruder(nodes, me, name) as (link, _):
             link.write(encode(hello)[:30])  # cut off in the middle
 
-        async with intruder(nodes, me, name) as (link, ear):
-            link.say(Hello(key, 0, SOURCE, 0, MIB, 0, 0, 0, fingerprint()[1], name))  # of an epoch that is over
-            await until(lambda: any(isinstance(one, Refusal) for one in ear.said))
-            [said] = [one for one in ear.said if isinstance(one, Refusal)]
-            assert said.code == "stale-epoch" and "replaced" in said.text and said.epoch == 0
-        async with intruder(nodes, me, name) as (link, ear):
-            link.say(Hello(key, 0, SOURCE, mirror.epoch, 4096, 0, 0, 0, fingerprint()[1], name))  # another ring
-            await until(lambda: any(isinstance(one, Refusal) for one in ear.said))
-            [said] = [one for one in ear.said if isinstance(one, Refusal)]
-            assert said.code == "version" and "differ" in said.text
-        async with intruder(nodes, me, name) as (link, ear):
-            link.say(hello)
-            await until(lambda: any(isinstance(one, Hello) for one in ear.said))
-            link.write(data_header(key, 0, 128) + bytes(128))  # replayed: it has that
-            link.write(data_header(key, before[0] + (1 << 16), 128) + bytes(128))  # from the future
-            await until(lambda: any(isinstance(one, Resume) for one in ear.said))
-            [resume] = [one for one in ear.said if isinstance(one, Resume)]
-            assert resume.position >= before[0]
+        old = Hello(key, 0, SOURCE, 0, MIB, 0, 0, 0, fingerprint()[1], name)  # of an epoch that is over
+        refusal = await answered(nodes, me, name, Refusal, old)
+        assert refusal.code == "stale-epoch" and "replaced" in refusal.text and refusal.epoch == 0
+        other = Hello(key, 0, SOURCE, mirror.epoch, 4096, 0, 0, 0, fingerprint()[1], name)  # another ring
+        refusal = await answered(nodes, me, name, Refusal, other)
+        assert refusal.code == "version" and "differ" in refusal.text
+        replayed = data_header(key, 0, 128) + bytes(128)  # it has that
+        future = data_header(key, before[0] + (1 << 16), 128) + bytes(128)
+        resume = await answered(nodes, me, name, Resume, hello, replayed, future)
+        assert resume.position >= before[0]
         assert await stands() == before
 
         gate.touch()

@@ -180,6 +180,7 @@ PEERS: tuple[Peer, ...] = (
     ),
     Peer("socket.unix", "sockets:Sockets", (), {}, (S, R, F, C), 700e3, 5, 39),
     Peer("socket.tcp", "sockets:Sockets", (), {"tcp": True}, (S, R, F, X, XF), 150e3, 4, 66, quick=(S,)),
+    Peer("socket.tls", "tls_sockets:TlsSockets", CLUSTER, {}, (XF,), 60e3, 1.5, 100),
     Peer("asyncio.unix", "aio:Streams", (), {}, (S, R, F), 600e3, 0.6, 140, quick=(S,)),
     Peer("uvloop.unix", "aio:Streams", (("uvloop", "uvloop"),), {"uvloop": True}, (S, R, F), 700e3, 1.4, 77),
 )
