@@ -71,7 +71,6 @@ def main(
             "quick": quick,
             "tables": [stats.to_json(one) for one in tables],
             "targets": [one.to_json() for one in verdicts],
-            "left_out": ["10: across hosts (needs the cluster)"],
         }
         into.write_text(json.dumps(data, indent=1) + "\n")
     if chart is not None:
