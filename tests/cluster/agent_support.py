@@ -265,6 +265,22 @@ async def met(*nodes: Node, seconds: float = 5.0) -> None:
     await until(lambda: all(ids <= node.agent.neighbours.live().keys() for node in nodes), seconds)
 
 
+class Room:
+    """What a part asks its agent of room, as a base of its fake means."""
+
+    full: tuple[tuple[str, int], ...] = ()
+    """Workers that there is no room for."""
+    changes = 0
+    """How often it was said that promises are others now."""
+
+    def beyond(self, pipe: str, spec: Any, seats: Any, agreed: Any) -> Any:
+        over = tuple(seat for seat in seats if seat in self.full and seat not in agreed)
+        return over, "there is no room", {"cpu": 4.0}
+
+    def promises(self) -> None:
+        self.changes += 1
+
+
 async def until(true: Callable[[], Any], seconds: float = 5.0) -> None:
     """Look again and again, with a deadline."""
     async with asyncio.timeout(seconds):

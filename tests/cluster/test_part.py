@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.cluster.agent_support import SPEC, FakeEngines, until
+from tests.cluster.agent_support import SPEC, FakeEngines, Room, until
 from upipe.cluster import part as module
 from upipe.cluster import promises, wire
 from upipe.cluster.dealings import NodeReport
@@ -30,7 +30,7 @@ def orders(revision: int, stop: bool = False) -> wire.Orders:
     return wire.Orders(fence, None if stop else node_plan(SPEC, LAYOUT, "n1", fence), SPEC, coordinator="n2")
 
 
-class Means:
+class Means(Room):
     """Everything a part needs, and what it told."""
 
     node = "n1"
@@ -63,18 +63,6 @@ class Means:
         if self.unheard is not None:
             raise self.unheard
         self.told.append(report)
-
-    full: tuple[tuple[str, int], ...] = ()
-    """Workers that there is no room for."""
-    changes = 0
-    """How often it was said that promises are others now."""
-
-    def beyond(self, pipe: str, spec: Any, seats: Any, agreed: Any) -> Any:
-        over = tuple(seat for seat in seats if seat in self.full and seat not in agreed)
-        return over, "there is no room", {"cpu": 4.0}
-
-    def promises(self) -> None:
-        self.changes += 1
 
     async def keep_letters(self, pipe, letters):
         self.kept = letters
@@ -212,6 +200,21 @@ async def test_what_cannot_be_fetched_for_long_makes_the_node_unfit_with_a_sente
     means.errors = []
     part.order(orders(2))  # but may be by newer orders
     await until(lambda: means.told[-1].present and means.told[-1].fence == (1, 2))
+
+
+async def test_trouble_that_ended_long_ago_makes_no_node_unfit(made, monkeypatch):
+    monkeypatch.setattr(module, "READY", 0.2)
+    part, means, _ = made
+    means.errors = [NodeUnreachable("cut")]
+    part.order(orders(1))
+    await until(lambda: means.told and means.told[-1].present)
+    part.order(orders(2, stop=True))
+    await until(lambda: not means.told[-1].present)
+    await asyncio.sleep(0.25)  # longer than READY since the first failure
+    means.errors = [NodeUnreachable("cut")]
+    part.order(orders(3))
+    await until(lambda: means.told[-1].unfit or means.told[-1].fence == (1, 3))
+    assert not means.told[-1].unfit and means.told[-1].present
 
 
 async def test_a_keeper_that_does_not_start_fails_the_pipe_after_some_tries(made):

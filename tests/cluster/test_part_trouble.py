@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.agent_support import SPEC, FakeFerry, until
+from tests.cluster.agent_support import SPEC, FakeFerry, Room, until
 from upipe.cluster import part as parts
 from upipe.cluster import wire
 from upipe.cluster.dealings import NodeReport
@@ -59,7 +59,7 @@ class Keeper:
         self.killed = True
 
 
-class Means:
+class Means(Room):
     node = ME
 
     def __init__(self) -> None:
@@ -92,18 +92,6 @@ class Means:
         self.reports.append((coordinator, report))
         if self.refuse is not None and coordinator != self.follows:
             raise self.refuse
-
-    full: tuple[tuple[str, int], ...] = ()
-    """Workers that there is no room for."""
-    changes = 0
-    """How often it was said that promises are others now."""
-
-    def beyond(self, pipe: str, spec: Any, seats: Any, agreed: Any) -> Any:
-        over = tuple(seat for seat in seats if seat in self.full and seat not in agreed)
-        return over, "there is no room", {"cpu": 4.0}
-
-    def promises(self) -> None:
-        self.changes += 1
 
     async def keep_letters(self, pipe: str, letters: list[DeadLetter]) -> None:
         pass

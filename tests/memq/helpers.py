@@ -100,6 +100,20 @@ class Held:
         self.memory.close()
 
 
+def holder(q: MemQ, child):
+    """A process, made by the fixture `child`, that has taken the next frame and holds it."""
+    holds = FORK.Event()
+
+    def takes():
+        q.take()
+        holds.set()
+        signal.pause()
+
+    process = child(takes)
+    assert holds.wait(20)
+    return process
+
+
 def in_flight(q: MemQ) -> int:
     """Frames in it that are not finished."""
     return q.stats().in_flight

@@ -10,7 +10,7 @@ import signal
 import numpy as np
 import pytest
 
-from tests.memq.helpers import FORK, Thread, asleep, end, few_descriptors, in_flight, kill, until, waiting
+from tests.memq.helpers import FORK, Thread, asleep, end, few_descriptors, holder, in_flight, kill, until, waiting
 from upipe.errors import (
     EndOfStream,
     QueueError,
@@ -100,16 +100,8 @@ def test_a_queue_travels_to_multiprocessing_children_by_name(queue, method):
 @pytest.mark.parametrize("wait", ["get", "poll", "aget"])
 def test_what_a_killed_process_held_comes_again_with_its_count_raised(queue, child, wait):
     q = queue()
-    holds = FORK.Event()
-
-    def dies():
-        q.take()
-        holds.set()
-        signal.pause()
-
     q.put("precious")
-    p = child(dies)
-    assert holds.wait(20)
+    p = holder(q, child)
     if wait == "aget":
 
         async def main():
@@ -157,16 +149,8 @@ def test_the_stream_ends_for_who_sleeps_when_the_last_producer_is_killed(queue, 
 
 def test_recovery_refuses_a_process_that_lives(queue, child):
     q = queue()
-    holds = FORK.Event()
-
-    def lives():
-        q.take()
-        holds.set()
-        signal.pause()
-
     q.put(1)
-    p = child(lives)
-    assert holds.wait(20)
+    p = holder(q, child)
     start = start_time(p.pid)
     with pytest.raises(QueueError, match="not proven dead"):
         q.recover(p.pid, start)
@@ -178,16 +162,8 @@ def test_recovery_refuses_a_process_that_lives(queue, child):
 def test_recovery_leaves_another_process_of_the_same_number_alone(queue, child):
     """The dead one's number is in use again, by a process that takes part in the same queue."""
     q = queue()
-    holds = FORK.Event()
-
-    def lives():
-        q.take()
-        holds.set()
-        signal.pause()
-
     q.put(1)
-    p = child(lives)
-    assert holds.wait(20)
+    p = holder(q, child)
     start = start_time(p.pid)
     assert q.recover(p.pid, start - 1) == []
     assert (p.pid, start) in q.peers()

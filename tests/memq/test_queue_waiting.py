@@ -15,6 +15,7 @@ from tests.memq.helpers import (
     Thread,
     asleep,
     end,
+    holder,
     until,
     waiting,
 )
@@ -298,16 +299,8 @@ def test_a_handle_works_in_one_event_loop_after_another_and_in_two_at_once(queue
 def test_uvloop_watches_bells_and_peers_as_well(queue, child):
     uvloop = pytest.importorskip("uvloop")
     q = queue()
-    holds = FORK.Event()
-
-    def dies():
-        q.take()
-        holds.set()
-        signal.pause()
-
     q.put("held")
-    p = child(dies)
-    assert holds.wait(20)
+    p = holder(q, child)
 
     async def main():
         task = asyncio.create_task(q.aget())

@@ -10,11 +10,10 @@ import click
 
 from upipe.cli import asking, render
 from upipe.cli.extra import Asked, asks, needs_cluster
+from upipe.lifecycle import PIPE_ENDED
 
 if TYPE_CHECKING:
     from upipe.cluster.wire import Member, PipeInfo
-
-ENDED = ("completed", "failed", "stopped")
 
 
 @click.command(short_help="List the nodes of the cluster.")
@@ -77,10 +76,10 @@ def best(told: Iterable[tuple[str, PipeInfo]]) -> list[tuple[PipeInfo, bool]]:
     coordinator has them. Running ones last."""
     found: dict[str, tuple[PipeInfo, bool]] = {}
     for node, one in told:
-        here = (one, one.coordinator == node or one.told.state in ENDED)
+        here = (one, one.coordinator == node or one.told.state in PIPE_ENDED)
         if one.pipe not in found or _rank(*here) > _rank(*found[one.pipe]):
             found[one.pipe] = here
-    return sorted(found.values(), key=lambda pair: pair[0].told.state not in ENDED)
+    return sorted(found.values(), key=lambda pair: pair[0].told.state not in PIPE_ENDED)
 
 
 def _rank(one: PipeInfo, books: bool) -> tuple[bool, int, bool]:

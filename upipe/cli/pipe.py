@@ -165,9 +165,8 @@ async def _output(to: Asked, pipe: str) -> None:
     found = await asking.reached(to)
     async with asking.peers(found) as peers:
         info, _, _ = await _known(found, peers, pipe)
-        named = sum(node in found.addresses for node in found.addresses) > 1
         answers, failed = await asking.everywhere(
-            found.addresses, lambda node: _print(peers, node, pipe, f"{node[:8]}: " if named else "")
+            found.addresses, lambda node: _print(peers, node, pipe, f"{node[:8]}: " if len(found.addresses) > 1 else "")
         )
     for sentence in asking.silent(failed):
         click.echo(sentence, err=True)

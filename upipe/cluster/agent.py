@@ -159,7 +159,7 @@ class Agent:
         self.store.tidy()
         self._say_hello(bound)
         await self.neighbours.start(self.settled.seeds, options.multicast)
-        self._errands.keep(self._renew, "renewing the certificate")
+        self._errands.run(self._renew(), "renew the certificate")
 
     def _policy(self, me: str) -> Policy:
         options = self.settled.options

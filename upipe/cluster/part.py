@@ -145,7 +145,7 @@ class Part:
                 continue
             try:
                 await self._follow(orders)
-                done, told = orders.fence, ""
+                done, told, since = orders.fence, "", None
             except Unfit as error:
                 self._turn_down(str(error))
                 done, since = orders.fence, None

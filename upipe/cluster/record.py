@@ -20,11 +20,12 @@ import msgspec
 from upipe.cluster.lanes import Layout
 from upipe.cluster.placement import Placement, Seat
 from upipe.graph.spec import PipeSpec
+from upipe.lifecycle import PIPE_ENDED
 
 MOST_MEMBERS = 7
 """Agents that keep the record of a pipe. More survive more deaths at a time, and each change waits for more of them."""
 RUNNING, DRAINING = "running", "draining"
-ENDED = ("completed", "failed", "stopped")
+ENDED = PIPE_ENDED
 
 
 class _Sums(msgspec.Struct, frozen=True):

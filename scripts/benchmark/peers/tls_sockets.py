@@ -39,6 +39,9 @@ class TlsReceiver(SocketReceiver):
     def get(self) -> int:
         data = b""
         while len(data) < WORD.size:
-            data += self.end.recv(WORD.size - len(data))
+            some = self.end.recv(WORD.size - len(data))
+            if not some:
+                raise EOFError("the sender has ended")
+            data += some
         value: int = WORD.unpack(data)[0]
         return value
