@@ -17,6 +17,17 @@ HD_BYTES = 1080 * 1920 * 3
 
 
 @dataclass(frozen=True)
+class Curve:
+    """A family of cases that the chart shows as one panel: how something grows."""
+
+    title: str
+    x: str
+    """What grows."""
+    at: float
+    """Where this case stands on that axis."""
+
+
+@dataclass(frozen=True)
 class Case:
     """One table."""
 
@@ -44,6 +55,10 @@ class Case:
     """(peer, reason): said below the table."""
     extra: tuple[str, ...] = ()
     """Other numbers of an outcome to show."""
+    curve: Curve | None = None
+    """A point of a curve in the chart; None: a panel of its own."""
+    drawn: bool = True
+    """Part of the chart; otherwise of the tables only."""
 
     def peers(self) -> list[Peer]:
         kind = "frames" if self.kind == "payload" else self.kind
@@ -72,6 +87,7 @@ def _payload(size: int) -> Case:
         (1, 3),
         quick=False,
         only=lambda peer: peer.copies,
+        curve=Curve("Frames by copy, as their size grows", "bytes of payload", max(1, size)),
     )
 
 
@@ -98,6 +114,7 @@ def _frame_cases() -> list[Case]:
                         quick=depth == 8,
                         limit=f"memcpy-{label}-{depth}",
                         only=(lambda peer: peer.views) if in_place else (lambda peer: peer.copies),
+                        drawn=depth == 8,
                     )
                 )
     return found
@@ -206,6 +223,7 @@ CASES: list[Case] = [
         rounds=(1, 3),
         quick=False,
         only=lambda peer: peer.name != "upipe.pipe",
+        drawn=False,
     ),
     Case(
         "idle-many",
@@ -218,6 +236,7 @@ CASES: list[Case] = [
         (1.0, 5),
         rounds=(1, 3),
         only=lambda peer: peer.name in ("upipe.pipe", "mp.Queue"),
+        drawn=False,
     ),
     *[
         Case(
@@ -233,6 +252,7 @@ CASES: list[Case] = [
             quick=count == 64,
             only=lambda peer: peer.own,
             extra=("lone", "in turn"),
+            drawn=False,
         )
         for count in (4, 16, 64, 256)
     ],
@@ -248,6 +268,7 @@ CASES: list[Case] = [
             (0.3, 1.0),
             rounds=(1, 3),
             quick=False,
+            curve=Curve("One producer of small values, more consumers", "consumers", count),
         )
         for count in (1, 4, 16, 64)
     ],

@@ -15,6 +15,8 @@ from benchmark.cases import HD_BYTES, Case, power_of_two
 from benchmark.model import MIB
 
 NATIVE = Path(__file__).parent / "native"
+HEADERS = Path(__file__).parents[2] / "upipe" / "memq"
+"""Of the checksum."""
 REPEATS = 3
 
 
@@ -37,8 +39,9 @@ def _commands(quick: bool) -> dict[str, list[str]]:
         for depth in (2, 8, 32):
             slots = str(power_of_two(depth * (size + 64)) // size)
             found[f"memcpy-{label}-{depth}"] = ["memcpy", str(size), slots, frames]
-            found[f"copy-{label}-{depth}"] = ["copy", str(size), slots, frames, "1"]
-            found[f"view-{label}-{depth}"] = ["copy", str(size), slots, frames, "0"]
+            for way, copied in (("copy", "1"), ("view", "0")):
+                found[f"{way}-{label}-{depth}"] = ["copy", str(size), slots, frames, copied, "0"]
+                found[f"{way}+crc-{label}-{depth}"] = ["copy", str(size), slots, frames, copied, "1"]
     return found
 
 
@@ -51,7 +54,7 @@ def _wanted(names: Iterable[str]) -> list[str]:
             found[name.replace("futex", "futex-busy")] = None
         if name.startswith("memcpy"):
             _, label, _ = name.split("-")
-            for kind in ("copy", "view"):
+            for kind in ("copy", "copy+crc", "view", "view+crc"):
                 found[name.replace("memcpy", kind)] = None
             found[f"tcp-{label}"] = None
     return list(found)
@@ -78,7 +81,8 @@ def _run(folder: Path, command: list[str]) -> float | None:
     program = folder / command[0]
     try:
         if not program.exists():
-            build = ["gcc", "-O3", "-march=native", "-o", str(program), str(NATIVE / f"{command[0]}.c")]
+            sources = [f"-I{HEADERS}", str(NATIVE / f"{command[0]}.c")]
+            build = ["gcc", "-O3", "-march=native", "-o", str(program), *sources]
             subprocess.run(build, check=True, timeout=60)
         done = subprocess.run([str(program), *command[1:]], check=True, timeout=20, capture_output=True, text=True)
         return float(done.stdout.split()[0])
@@ -92,4 +96,4 @@ def beside(case: Case, measured: dict[str, float]) -> dict[str, float]:
         return {}
     wanted = _wanted([case.limit])
     other = "view" if case.name.endswith("copy") or "-copy-" in case.name else "copy"
-    return {name: measured[name] for name in wanted if name in measured and not name.startswith(f"{other}-")}
+    return {name: measured[name] for name in wanted if name in measured and not name.startswith(other)}

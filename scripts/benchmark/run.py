@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from benchmark.model import Outcome, Work
 from benchmark.peers import Peer
 from benchmark.processes import end_descendants
 
+SHARED = Path("/dev/shm")
+LITTER = ("iox2_*", "*.zenoh", "sem.hdr*", "sem.obj*")
+"""What iceoryx2, zenoh and Ray leave in shared memory when their processes are killed, or even when they are not."""
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "RAY_DEDUP_LOGS": "0"}
 
 
@@ -24,7 +28,7 @@ def measure(peer: Peer, works: Sequence[Work], timeout: float) -> list[Outcome]:
     """Let a fresh process do these works. One outcome each; those it did not reach say why."""
     if peer.absent:
         return [Outcome(error=f"absent: {peer.absent} is not installed")] * len(works)
-    with tempfile.TemporaryDirectory(prefix="upipe-bench-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="upipe-bench-", ignore_cleanup_errors=True) as folder, _swept():
         into, log = Path(folder, "results"), Path(folder, "log")
         order = {"peer": asdict(peer), "works": [work.to_json() for work in works], "into": str(into)}
         with log.open("wb") as output:
@@ -40,6 +44,19 @@ def measure(peer: Peer, works: Sequence[Work], timeout: float) -> list[Outcome]:
         if one.error and not one.error.startswith("unsupported"):
             one.error = f"failed: {one.error}"
     return found + [Outcome(error=reason)] * (len(works) - len(found))
+
+
+@contextmanager
+def _swept() -> Iterator[None]:
+    """What the peers leave does not fill the memory of those measured after them. What was there before stays."""
+    before = _litter()
+    yield
+    for path in _litter() - before:
+        path.unlink(missing_ok=True)
+
+
+def _litter() -> set[Path]:
+    return {path for pattern in LITTER for path in SHARED.glob(pattern)}
 
 
 def _run(command: list[str], order: str, output: int, timeout: float, folder: str) -> int | None:

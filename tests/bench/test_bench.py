@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from benchmark import cases, limits, processes, regress, render, run, schedule, stats, targets  # noqa: E402
+from benchmark import cases, chart, limits, processes, regress, render, run, schedule, stats, targets  # noqa: E402
 from benchmark.model import Outcome, Work  # noqa: E402
 from benchmark.peers import PEERS, Peer, find  # noqa: E402
 from benchmark.tally import Source, Tally  # noqa: E402
@@ -242,6 +242,23 @@ def test_absent_failing_and_hanging_peers_say_so(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
+def test_what_a_peer_leaves_in_shared_memory_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "SHARED", tmp_path)
+    kept = [tmp_path / "iox2_of_another", tmp_path / "something"]
+    for path in kept:
+        path.touch()
+
+    def leave(*_: object) -> int:
+        for name in ("1.zenoh", "sem.hdr5-1", "iox2_x", "anything"):
+            (tmp_path / name).touch()
+        return 0
+
+    monkeypatch.setattr(run, "_run", leave)
+    _measure("mp:Queue", Work("s", "stream"))
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, tmp_path / "anything"])
+
+
+@pytest.mark.slow
 def test_descendants_are_ended() -> None:
     code = (
         "import subprocess, sys, time; sys.path.insert(0, 'scripts')\n"
@@ -260,6 +277,29 @@ def test_limits_are_measured() -> None:
     found = limits.measure(["futex-one", "futex-two"], quick=True)
     assert set(found) == {"futex-one", "futex-two", "futex-busy-two"}  # on one CPU both are the same
     assert all(0.5 < value < 5000 for value in found.values())
+
+
+@pytest.mark.slow
+def test_what_frames_cost_without_a_queue_is_measured_with_and_without_their_checksum() -> None:
+    found = limits.measure(["memcpy-1m-8"], quick=True)
+    ways = {"copy-1m-8", "copy+crc-1m-8", "view-1m-8", "view+crc-1m-8"}
+    assert set(found) == {"memcpy-1m-8", "tcp-1m", *ways}
+    assert all(0.1 < value < 500 for value in found.values())
+    copies = next(case for case in cases.CASES if case.name == "frames-1m-copy")
+    views = next(case for case in cases.CASES if case.name == "frames-1m-view")
+    assert set(limits.beside(copies, found)) & ways == {"copy-1m-8", "copy+crc-1m-8"}
+    assert set(limits.beside(views, found)) & ways == {"view-1m-8", "view+crc-1m-8"}
+
+
+# --- the chart -------------------------------------------------------------------------------------------------------
+
+
+def test_the_chart_shows_a_case_as_bars_and_a_family_as_one_curve(tmp_path: Path) -> None:
+    names = ("small", "payload-65536", "payload-0", "frames-1m-copy", "frames-1m-copy-2", "idle")
+    tables = [table(case, (OURS, [ok(1)])) for name in names for case in cases.CASES if case.name == name]
+    drawn = [[one.case.name for one in panel] for panel in chart.panels(tables)]
+    assert drawn == [["small"], ["frames-1m-copy"], ["payload-0", "payload-65536"]]
+    assert chart.panels([table(SMALL, (OURS, [Outcome(error="failed")]))]) == []
 
 
 # --- the regression check --------------------------------------------------------------------------------------------
