@@ -26,7 +26,7 @@ class Bench:
         self.unreadable: list[Exception] = []
         self.inputs = SimpleNamespace(rings=[self.ring], last=None)
         self.worker: Any = SimpleNamespace(
-            way=Way(), outputs=SimpleNamespace(only=self.ring), inputs=self.inputs, took=self._took,
+            way=Way(), outputs=SimpleNamespace(plain=(self.ring,)), inputs=self.inputs, took=self._took,
             unreadable=self._unreadable,
         )
         cuts = short_cuts("me", self.worker, *(self._slow(name) for name in ("emit", "emit_sync", "get_sync")))

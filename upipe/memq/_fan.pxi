@@ -10,6 +10,11 @@ def fan_send(tuple rings, value, int dtype=-1, uint64_t execution=0, tuple keys=
     Args:
         keys: hash of the partition key per ring, or empty.
     """
+    return _fan_put(rings, value, dtype, execution, keys, flags)
+
+
+cdef bint _fan_put(tuple rings, value, int dtype, uint64_t execution, tuple keys, int flags) except -1:
+    """fan_send()."""
     cdef Ring ring
     cdef Py_ssize_t begun = 0, i
     try:
