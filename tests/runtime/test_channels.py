@@ -345,6 +345,28 @@ async def test_who_waits_for_room_waits_for_that_of_any_queue(make: Any) -> None
     thread.join()
 
 
+@pytest.mark.parametrize("last", ["t1", ""])
+def test_of_several_plain_edges_one_at_the_end_of_the_pipe_sends_answers_to_their_caller(make: Any, last: str) -> None:
+    near, far, replies = make(), make(), make()
+    plans = (OutputPlan("t0", (near.name,), 0), OutputPlan(last, (far.name,), 0))
+    out = Outputs(tuple(Output(plan, (one,), None) for plan, one in zip(plans, (near, far), strict=True)), replies)
+    assert out.plain == (near, far) and out.only is None
+    assert out.try_send(1) and (near.qsize(), far.qsize(), replies.qsize()) == (1, 1, 0)
+    assert out.try_send(2, execution=7) and out.try_send(3, execution=7, to="t0")
+    other = far if last else replies
+    assert [near.get_nowait() for _ in range(3)] == [1, 2, 3] and near.last_execution == 7
+    assert other.get_nowait() == (1 if last else 2) and (far.qsize(), replies.qsize()) == (1, 0)
+
+
+def test_a_key_a_free_choice_or_no_edge_leaves_no_plain_queues(make: Any) -> None:
+    one, two = make(), make()
+    plain = Output(OutputPlan("t", (one.name,), 0), (one,), None)
+    keyed = Output(OutputPlan("k", (two.name,), 0), (two,), lambda value: value)
+    several = Output(OutputPlan("f", (one.name, two.name), 0), (one, two), None)
+    assert Outputs((plain,), None).plain == (one,)
+    assert [Outputs(edges, None).plain for edges in ((plain, keyed), (several, plain), ())] == [(), (), ()]
+
+
 # ------------------------------------------------------------------ queues that change
 
 

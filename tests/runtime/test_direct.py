@@ -11,22 +11,24 @@ import pytest
 
 from tests.memq.helpers import Memory
 from upipe import DType, MemQ
-from upipe.errors import EncodeError, FrameCorrupt
+from upipe.errors import EncodeError, FrameCorrupt, QueueClosed
 from upipe.memq._ring import Way
 from upipe.runtime.direct import YIELD_EVERY, short_cuts
 
 
 class Bench:
-    """The short cuts over a real queue of a fake worker, and what they handed over."""
+    """The short cuts over real queues of a fake worker, and what they handed over: emits go to `ring`, which is read,
+    and to `others`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *others: MemQ) -> None:
         self.ring = MemQ(4096)
+        self.others = others
         self.slow: list[Any] = []
         self.took = 0
         self.unreadable: list[Exception] = []
         self.inputs = SimpleNamespace(rings=[self.ring], last=None)
         self.worker: Any = SimpleNamespace(
-            way=Way(), outputs=SimpleNamespace(only=self.ring), inputs=self.inputs, took=self._took,
+            way=Way(), outputs=SimpleNamespace(plain=(self.ring, *others)), inputs=self.inputs, took=self._took,
             unreadable=self._unreadable,
         )
         cuts = short_cuts("me", self.worker, *(self._slow(name) for name in ("emit", "emit_sync", "get_sync")))
@@ -55,6 +57,15 @@ def bench() -> Iterator[Bench]:
     made = Bench()
     with made.ring:
         yield made
+
+
+@pytest.fixture
+def several() -> Iterator[Bench]:
+    """With three queues out: one that blocks, one that drops, one that blocks."""
+    with MemQ(1 << 16, policy="latest") as drops, MemQ(1 << 16) as last:
+        made = Bench(drops, last)
+        with made.ring:
+            yield made
 
 
 async def test_what_is_ready_needs_nothing_but_the_queue(bench: Bench) -> None:
@@ -128,3 +139,51 @@ async def test_other_tasks_get_a_turn_now_and_then(bench: Bench, end: str) -> No
             await bench.get_sync()
     task.cancel()
     assert turns >= 2
+
+
+def everything(*queues: MemQ) -> list[list[Any]]:
+    return [[one.get_nowait() for _ in range(one.qsize())] for one in queues]
+
+
+async def test_what_goes_to_several_queues_is_in_each_of_them_once(several: Bench) -> None:
+    drops, last = several.others
+    assert await several.emit(1) is True and await several.emit_sync(2, DType.U8) is True
+    assert await several.emit("a string of more than a granule" * 9) is True
+    with pytest.raises(EncodeError):
+        several.emit(-1, DType.U32)
+    assert [await several.get_sync() for _ in range(2)] == [1, 2] and several.slow == []
+    assert everything(last) == [[1, 2, "a string of more than a granule" * 9]]
+    assert everything(drops)[0][-1] == "a string of more than a granule" * 9
+
+
+async def test_while_one_of_several_is_full_none_gets_it_and_the_method_decides(several: Bench) -> None:
+    for number in range(64):
+        assert await several.emit(number) is True
+    drops, last = several.others
+    before = drops.stats()
+    assert await several.emit(64) == "slow" and await several.emit_sync(64, DType.U8, timeout=3) == "slow"
+    assert await several.emit(64, to="b") == "slow"
+    assert last.qsize() == 64 and drops.stats() == before, "nothing was put, and nothing dropped"
+    assert await several.get_sync() == 0 and await several.get_sync() == 1  # the first is finished: there is room
+    assert await several.emit(64) is True
+    assert everything(last) == [list(range(65))] and len(several.slow) == 3
+    assert [await several.get_sync() for _ in range(63)] == list(range(2, 65))
+
+
+async def test_one_of_several_that_is_closed_raises_and_the_others_get_nothing(several: Bench) -> None:
+    drops, last = several.others
+    drops.close()
+    with pytest.raises(QueueClosed):
+        several.emit(1)
+    assert several.ring.empty() and last.empty()
+
+
+async def test_when_something_special_came_along_several_queues_get_nothing_directly(several: Bench) -> None:
+    several.worker.way.direct = False
+    assert await several.emit(1) == "slow" and await several.emit_sync(1) == "slow"
+    assert all(one.empty() for one in (several.ring, *several.others))
+
+
+def test_without_plain_queues_there_is_no_short_cut_out() -> None:
+    worker: Any = SimpleNamespace(way=Way(), outputs=SimpleNamespace(plain=()), inputs=SimpleNamespace(rings=[]))
+    assert short_cuts("me", worker, None, None, None) == {}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support import DEADLINE, chain, collect, feed
-from upipe import EndOfStream, MemQ, Pipe, PipeFailed, Processor
+from upipe import DType, EndOfStream, MemQ, Pipe, PipeFailed, Processor
 from upipe.errors import NotInWorker
 from upipe.graph.plan import OutputPlan
 from upipe.runtime import messages
@@ -180,3 +180,72 @@ def test_a_running_worker_takes_its_new_queues_and_leaves_the_old() -> None:
     for one in queues:
         one.close()
         one.unlink()
+
+
+def _fanned(theirs: Any, names: tuple[str, ...], total: int) -> None:
+    """A forked child as a driver that emits 0, 1, 2, ... to each of its targets, through the short cuts."""
+    from upipe.runtime import worker as module
+    from upipe.runtime.messages import Assignment
+    from upipe.runtime.worker import Bundle, Worker
+
+    session = names[0].split("/")[0]
+    labels = [name.split("/")[1] for name in names]
+    outputs = tuple(OutputPlan(f"to-{number}", (label,), 0) for number, label in enumerate(labels[:-1]))
+    what = Assignment(
+        "p", "work", 0, 1, 1, "driver", os.environ["UPIPE_SHM"], session, "", "", (), (), outputs, labels[-1], 0,
+        "retry", 5, False, 100, False, 0.1, (), "/", rewires=True,
+    )  # fmt: skip
+    worker = module._current = Worker(theirs, what, Bundle(None, None, {}, ()))
+
+    async def emits() -> None:
+        async with Processor("work") as me:
+            assert "emit" in me.__dict__, "no short cut"
+            for number in range(total):
+                while not await me.emit(number, DType.U32):
+                    pass
+
+    asyncio.run(emits())
+    worker.close()
+    os._exit(0)
+
+
+def test_targets_that_change_in_a_stream_get_each_value_once_whichever_way_it_goes() -> None:
+    """Of three targets the second one gets another queue, and another again with a fourth target."""
+    total = 6000
+    queues = [MemQ(4096, producers=1) for _ in range(7)]
+    labels = [one.name.split("/")[1] for one in queues]
+    first, second, third, later, latest, fourth, _ = queues
+    ours, theirs = messages.pair()
+    child = multiprocessing.get_context("fork").Process(
+        target=_fanned, args=(theirs, tuple(one.name for one in (*queues[:3], queues[-1])), total), daemon=True
+    )
+    child.start()
+    theirs.close()
+    plain = [OutputPlan(f"to-{number}", (label,), 0) for number, label in enumerate(labels)]
+    changes = {
+        1000: Rewire((), (), (plain[0], OutputPlan("to-1", (labels[3],), 0), plain[2])),
+        3000: Rewire((), (), (plain[0], OutputPlan("to-1", (labels[4],), 0), plain[2], plain[5])),
+    }
+    swapped, got, more = iter((second, later, latest)), list[int](), list[int]()
+    now = next(swapped)
+    for number in range(total):
+        if number in changes:
+            ours.send(messages.encode(changes[number]))
+        assert first.get(timeout=20) == third.get(timeout=20) == number
+        while len(got) <= number:
+            try:
+                got.append(now.get(timeout=20))
+            except EndOfStream:
+                now = next(swapped)
+        while not fourth.empty():
+            more.append(fourth.get())
+    assert got == list(range(total)) and now is latest
+    child.join(20)
+    while not fourth.empty():
+        more.append(fourth.get())
+    assert child.exitcode == 0 and more == list(range(total - len(more), total)) and 0 < len(more) <= 3000
+    for one in queues:
+        assert one.stats().balanced
+        one.close()
+        one.unlink()
+    ours.close()

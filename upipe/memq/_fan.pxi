@@ -10,17 +10,22 @@ def fan_send(tuple rings, value, int dtype=-1, uint64_t execution=0, tuple keys=
     Args:
         keys: hash of the partition key per ring, or empty.
     """
+    return _fan_put(rings, value, dtype, execution, keys, flags)
+
+
+cdef bint _fan_put(tuple rings, value, int dtype, uint64_t execution, tuple keys, int flags) except -1:
+    """fan_send()."""
     cdef Ring ring
     cdef Py_ssize_t begun = 0, i
     try:
-        for ring in rings:
+        for i in range(len(rings)):
+            ring = rings[i]
             ring._begin()
             begun += 1
         return _fan_send(rings, value, dtype, execution, keys, flags)
     finally:
         for i in range(begun):
-            ring = rings[i]
-            ring._done()
+            (<Ring>rings[i])._done()
 
 
 cdef bint _fan_send(tuple rings, value, int dtype, uint64_t execution, tuple keys, int flags) except -1:
@@ -37,42 +42,49 @@ cdef bint _fan_send(tuple rings, value, int dtype, uint64_t execution, tuple key
     o.m.execution = execution
     o.m.flags |= flags
     need = up_need(o.m.size, o.m.flags)
-    for ring in rings:
+    for i in range(n):
+        ring = <Ring>rings[i]  # which _begin() has proved
         ring._produce()
         ring._fits(need)
     try:
-        for ring in rings:
+        for i in range(n):
+            ring = <Ring>rings[i]
             ring._lock(ring.r.c.producer_lock)
             locked += 1
         if not _fan_claim(rings, keys, &o, need, pos):
             return False
     finally:
         for i in range(locked):
-            ring = rings[i]
+            ring = <Ring>rings[i]
             up_unlock(ring.r.c.producer_lock)
     _fan_fill(rings, keys, &o, parts, pos)
     return True
 
 
-cdef enum:
-    _PLACED = 1             # in pos[]: no claim to fill (a granule is never odd)
+cdef enum:                  # in pos[], where a claim is never odd
+    _PLACED = 1             # nothing to fill
+    _BLOCKS = 3             # nothing is claimed yet, and it has room
 
 
 cdef bint _fan_claim(tuple rings, tuple keys, Out *o, uint64_t need, uint64_t *pos) except -1:
     """Under the producers' locks: a claim in each ring, small frames put at once. False, and nothing was dropped
     anywhere, when one that blocks has no room."""
     cdef Ring ring
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, n = len(rings)
     cdef int rc
-    for ring in rings:
-        if ring.r.c.policy == UP_POLICY_BLOCK and ring._room(need) != UP_OK:
+    for i in range(n):
+        ring = <Ring>rings[i]
+        pos[i] = _BLOCKS if ring.r.c.policy == UP_POLICY_BLOCK else _PLACED
+        if pos[i] == _BLOCKS and ring._room(need) != UP_OK:
             return False
-    for i in range(len(rings)):
-        pos[i] = _PLACED
     try:
-        for i in range(len(rings)):
-            ring = rings[i]
-            rc = UP_REFUSED if ring.r.c.policy == UP_POLICY_DISCARD else ring._admit(need)
+        for i in range(n):
+            ring = <Ring>rings[i]
+            if ring.r.c.policy == UP_POLICY_DISCARD:
+                rc = UP_REFUSED
+            else:
+                rc = UP_OK if pos[i] == _BLOCKS else ring._admit(need)  # nobody takes its room while we hold the lock
+            pos[i] = _PLACED
             o.m.key = keys[i] if keys else 0
             if rc != UP_OK:  # (UP_FULL: its policy was drop_oldest a moment ago)
                 up_count_refused(&ring.r)
@@ -88,13 +100,17 @@ cdef bint _fan_claim(tuple rings, tuple keys, Out *o, uint64_t need, uint64_t *p
 
 cdef int _fan_fill(tuple rings, tuple keys, Out *o, list parts, uint64_t *pos) except -1:
     cdef Ring ring
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, n = len(rings)
     cdef uint64_t at
+    if o.m.flags & UP_FLAG_INLINE:
+        up_fence(&(<Ring>rings[0]).r)  # SYNC waiting: one for all of them
+        for i in range(n):
+            up_wake_waiting(&(<Ring>rings[i]).r, 1)
+        return 0
     try:
-        for i in range(len(rings)):
-            ring = rings[i]
+        for i in range(n):
+            ring = <Ring>rings[i]
             if pos[i] == _PLACED:
-                up_wake_consumers(&ring.r, 1)
                 continue
             o.m.key = keys[i] if keys else 0
             at, pos[i] = pos[i], _PLACED  # from here on _fill sees to it
@@ -110,6 +126,6 @@ cdef void _fan_abort(tuple rings, uint64_t *pos) noexcept:
     cdef Ring ring
     cdef Py_ssize_t i
     for i in range(len(rings)):
-        ring = rings[i]
-        if pos[i] != _PLACED:
+        ring = <Ring>rings[i]
+        if not pos[i] & 1:
             ring._abort(pos[i])

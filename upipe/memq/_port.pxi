@@ -1,4 +1,4 @@
-# Ports: what a processor calls for each frame, when one queue and nothing special stands behind it.
+# Ports: what a processor calls for each frame, when plain queues and nothing special stand behind it.
 
 cdef object _ENDED = object()
 
@@ -13,14 +13,12 @@ cdef class Way:
 
 
 cdef class Port:
-    """One end of one queue. `slow` does the same in every other case (no room, nothing there, a call, a drain ...)."""
-    cdef Ring ring
+    """One end. `slow` does the same in every other case (no room, nothing there, a call, a drain ...)."""
     cdef Way way
     cdef object slow, later
     cdef int turns, every
 
-    def __cinit__(self, Ring ring, Way way, slow, later, int every, *args):
-        self.ring = ring
+    def __cinit__(self, queues, Way way, slow, later, int every, *args):
         self.way = way
         self.slow = slow
         self.later = later
@@ -34,14 +32,24 @@ cdef class Port:
         self.turns = self.every
         return self.later(value)
 
-    cdef bint _sent(self, value, dtype, to) except -1:
-        return (to is None and self.way.direct
-                and self.ring._send(value, -1 if dtype is None else <int>dtype, 0.0, 0, 0, 0))
-
 
 @cython.final
 cdef class Emitter(Port):
-    """emit and emit_sync of a processor with one plain edge."""
+    """emit and emit_sync of a processor with plain edges: each value goes to every one of `rings`, or to none."""
+    cdef Ring only          # of one edge; else None
+    cdef tuple rings
+
+    def __init__(self, tuple rings, *args):
+        self.rings = rings
+        self.only = rings[0] if len(rings) == 1 else None
+
+    cdef inline bint _sent(self, value, dtype, to) except -1:
+        if to is not None or not self.way.direct:
+            return False
+        code = -1 if dtype is None else <int>dtype
+        if self.only is not None:
+            return self.only._send(value, code, 0.0, 0, 0, 0)
+        return _fan_put(self.rings, value, code, 0, (), 0)
 
     @cython.binding(False)
     def emit(self, value, dtype=None, *, to=None):
@@ -62,9 +70,11 @@ cdef class Emitter(Port):
 cdef class Getter(Port):
     """get_sync of a processor with one input. `took` is told of a frame that belongs to a call, `unreadable` of one
     that cannot be read."""
+    cdef Ring ring
     cdef object took, unreadable
 
-    def __init__(self, ring, way, slow, later, every, took, unreadable):
+    def __init__(self, Ring ring, way, slow, later, every, took, unreadable):
+        self.ring = ring
         self.took = took
         self.unreadable = unreadable
 

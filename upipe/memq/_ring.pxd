@@ -165,6 +165,8 @@ cdef extern from "_ring.h" nogil:
     int up_finish(up_ring *r, uint64_t pos, uint32_t kind)
     int up_give_back(up_ring *r, uint64_t pos)
     int up_ended(up_ring *r)
+    void up_fence(up_ring *r)
+    void up_wake_waiting(up_ring *r, uint64_t count)
     void up_wake_consumers(up_ring *r, uint64_t count)
     void up_wake_producers(up_ring *r)
     void up_wake_all(up_ring *r)

@@ -223,11 +223,19 @@ class Way:
 
 class Port:
     def __init__(
-        self, ring: Ring, way: Way, slow: Callable[..., Any], later: Callable[[Any], Any], every: int, *args: Any
+        self, queues: Any, way: Way, slow: Callable[..., Any], later: Callable[[Any], Any], every: int, *args: Any
     ) -> None: ...
 
 @final
 class Emitter(Port):
+    def __init__(
+        self,
+        rings: tuple[Ring, ...],
+        way: Way,
+        slow: Callable[..., Any],
+        later: Callable[[Any], Any],
+        every: int,
+    ) -> None: ...
     def emit(self, value: object, dtype: int | None = None, *, to: str | None = None) -> Any: ...
     def emit_sync(
         self, value: object, dtype: int | None = None, *, timeout: float | None = None, to: str | None = None

@@ -82,9 +82,13 @@ static inline uint64_t up_any(uint64_t *bits) {
     return any;
 }
 
+static inline void up_wake_waiting(up_ring *r, uint64_t count) { /* SYNC waiting: after a fence of the caller's */
+    if (__builtin_expect(up_any(r->c->consumers_waiting) != 0, 0)) up_wake_consumers_slow(r, count);
+}
+
 static inline void up_wake_consumers(up_ring *r, uint64_t count) { /* SYNC waiting */
     up_fence(r);
-    if (__builtin_expect(up_any(r->c->consumers_waiting) != 0, 0)) up_wake_consumers_slow(r, count);
+    up_wake_waiting(r, count);
 }
 
 /* Wake every producer whose room is there now (need_tail), or all of them. */

@@ -294,11 +294,13 @@ class Outputs:
 
     def _use(self, edges: tuple[Output, ...]) -> None:
         self.edges = edges
-        plain = len(edges) == 1 and edges[0].key is None and not edges[0].free
-        self.only: Ring | None = edges[0].rings[0] if plain else None
-        """The queue of the commonest case: one edge without key."""
-        self._single = self.only if plain and edges[0].target else None
-        """The same when the pipe is not at its end, so that calls need no other way."""
+        plain = all(edge.key is None and len(edge.rings) == 1 for edge in edges)
+        self.plain: tuple[Ring, ...] = tuple(edge.rings[0] for edge in edges) if plain else ()
+        """Where every value goes in the commonest case: each edge has one queue. Else empty."""
+        self.only: Ring | None = self.plain[0] if len(self.plain) == 1 else None
+        """The queue of the one edge."""
+        self._onward = all(edge.target for edge in edges)
+        """The pipe does not end here, so that calls need no other way."""
         self._free = any(edge.free for edge in edges)
 
     @property
@@ -315,10 +317,10 @@ class Outputs:
         """True when the value is in every queue it belongs to; False without room."""
         if self.attention:
             self._attend()
-        if self._single is not None and to is None:
-            return bool(self._single.send(value, dtype, 0.0, execution))
-        if execution == 0 and self.only is not None and to is None:
-            return bool(self.only.send(value, dtype))
+        if self.plain and to is None and (execution == 0 or self._onward):
+            if self.only is not None:
+                return bool(self.only.send(value, dtype, 0.0, execution))
+            return fan_send(self.plain, value, dtype, execution)
         rings, keys = self._route(value, execution, to)
         if not rings or fan_send(rings, value, dtype, execution, keys):
             return True
@@ -412,7 +414,7 @@ class Outputs:
         """Wait for room up to `timeout` seconds (None: for ever). False when there was none."""
         if self.try_send(value, dtype, execution, to):
             return True
-        single = self._single or (self.only if execution == 0 else None)
+        single = self.only if execution == 0 or self._onward else None
         if single is not None and to is None:
             if single.send(value, dtype, FOREVER if timeout is None else timeout, execution):
                 return True

@@ -1,4 +1,4 @@
-"""Short cuts before the methods of a connected processor: one queue out, one in, and nothing special so far.
+"""Short cuts before the methods of a connected processor: one queue for each edge out, one in, nothing special so far.
 
 The native ports do what the methods do, less the questions that `Way.direct` answers: three calls and a dozen look-ups
 a frame, which were half of its time. As soon as a call, a drain or an end comes along, they hand over to the methods.
@@ -28,10 +28,10 @@ async def later(value: Any) -> Any:
 def short_cuts(me: Any, worker: Worker, emit: Any, emit_sync: Any, get_sync: Any) -> dict[str, Any]:
     """What to put before the three methods (given as functions of the processor `me`), by name."""
     found: dict[str, Any] = {}
-    only = worker.outputs.only
-    if only is not None:
-        found["emit"] = Emitter(only, worker.way, partial(emit, me), later, YIELD_EVERY).emit
-        found["emit_sync"] = Emitter(only, worker.way, partial(emit_sync, me), later, YIELD_EVERY).emit_sync
+    plain = worker.outputs.plain
+    if plain:
+        found["emit"] = Emitter(plain, worker.way, partial(emit, me), later, YIELD_EVERY).emit
+        found["emit_sync"] = Emitter(plain, worker.way, partial(emit_sync, me), later, YIELD_EVERY).emit_sync
     if len(worker.inputs.rings) == 1:
         ring = worker.inputs.last = worker.inputs.rings[0]
         slow = partial(get_sync, me)
