@@ -59,6 +59,29 @@ async def test_a_pipe_runs_on_two_nodes_completes_and_is_forgotten_by_all(tmp_pa
             assert [path.name for path in (node.data.path / "records").iterdir()] == ["words-1@ended"]
 
 
+async def test_the_pipes_of_a_job_end_with_it_and_no_others(tmp_path):
+    async with running(tmp_path, "left", "right") as nodes:
+        left, right = nodes
+        job = f"{right.id}/script-1"
+        wanted = {"mine": ("", ""), "other": (CLIENT.id, f"{right.id}/script-2"), "stays": ("", job),
+                  "ends": (CLIENT.id, job)}  # fmt: skip
+        async with left.client() as there:
+            for name, (client, origin) in wanted.items():
+                asked = msgspec.structs.replace(request(client), id=name, job=origin)
+                await there.call(routes.SUBMIT, asked)
+            with pytest.raises(NodeRefused, match="bad_body"):
+                await there.call(routes.SUBMIT, msgspec.structs.replace(request(), job="no origin"))
+        await until(lambda: wanted.keys() <= right.agent.pipes.entries.keys())
+        await right.agent._requests.end_of_job(job)  # its coordinator is another node
+
+        def told(name: str) -> wire.TellClient:
+            return left.agent.pipes.known.info(name).told
+
+        await until(lambda: told("ends").state == "stopped")
+        assert told("ends").reasons == ()
+        assert {told(name).state for name in wanted if name != "ends"} == {"running"}
+
+
 async def test_what_cannot_run_is_refused_with_reasons(tmp_path):
     async with running(tmp_path, "left") as nodes, nodes[0].client() as client:
         with pytest.raises(NodeRefused) as caught:
