@@ -20,7 +20,7 @@ from upipe.cluster.layout import node_plan
 from upipe.cluster.part import Part
 from upipe.cluster.part_means import Unfit
 from upipe.cluster.placement import Placement
-from upipe.errors import KeeperFailed, MessageInvalid, NodeRefused, NodeUnreachable
+from upipe.errors import MessageInvalid, NodeRefused, NodeUnreachable
 
 LAYOUT = lay_out(SPEC, Placement({"a": ("n1",), "b": ("n2",)}), "")
 
@@ -217,12 +217,25 @@ async def test_trouble_that_ended_long_ago_makes_no_node_unfit(made, monkeypatch
     assert not means.told[-1].unfit and means.told[-1].present
 
 
-async def test_a_keeper_that_does_not_start_fails_the_pipe_after_some_tries(made):
+async def test_a_keeper_that_does_not_start_after_some_tries_makes_the_node_unfit(made):
     part, means, _ = made
-    means.errors = [KeeperFailed("no memory")] * module.TRIES
+    means.engines.crew.stillborn = ["no memory"] * module.TRIES
     part.order(orders(1))
     await until(lambda: means.told)
-    assert "no memory" in means.told[-1].failed and "n1" in means.told[-1].failed
+    assert means.told[-1].unfit == "node n1 cannot start a keeper for the pipe (3 tries): no memory"
+    assert not means.told[-1].present and not means.told[-1].failed and part.promised == {}
+    assert means.engines.ferries["p"].calls[-1] == "close" and not means.engines.crew.started
+    part.order(orders(2, stop=True))
+    await until(lambda: means.told[-1].fence == (1, 2))
+    assert not means.told[-1].unfit
+    means.engines.crew.stillborn = ["no memory"] * (module.TRIES - 1)
+    for revision in (3, 5):  # tries of another time do not count
+        part.order(orders(revision))
+        await until(lambda revision=revision: means.told[-1].fence == (1, revision))
+        assert means.told[-1].present
+        part.order(orders(revision + 1, stop=True))
+        await until(lambda: not means.told[-1].present)
+        means.engines.crew.stillborn = ["no memory"]
 
 
 async def test_a_lost_keeper_is_told_until_a_stop_is_obeyed(made):

@@ -55,7 +55,7 @@ READY = 30.0
 """Seconds for which it is tried to get what the pipe's code needs, before this node counts as unfit for it. Longer
 outlives longer cuts from those that have it; meanwhile the pipe waits for its workers here."""
 TRIES = 3
-"""Of starting a keeper, before the pipe fails with the reason."""
+"""Of starting a keeper, before this node counts as unfit for the pipe, with the reason."""
 log = logging.getLogger("upipe.cluster")
 
 
@@ -145,7 +145,7 @@ class Part:
                 continue
             try:
                 await self._follow(orders)
-                done, told, since = orders.fence, "", None
+                done, told, since, failures = orders.fence, "", None, 0
             except Unfit as error:
                 self._turn_down(str(error))
                 done, since = orders.fence, None
@@ -176,13 +176,17 @@ class Part:
                 done = orders.fence
 
     def _failed_often(self, error: Exception) -> None:
-        """A keeper that cannot be started fails the pipe; one that lives and does not answer is given up."""
+        """Where no keeper can be started the pipe runs elsewhere; one that lives and does not answer is given up."""
+        if self._keeper is not None:
+            self._keeper.kill()  # one that answers nobody must not run beside its successor on another node
         if self._seeking and self._keeper is not None:
             self._seeking = False
-            self._keeper.kill()
             self._on_lost(f"it was killed: {error}")
-        else:
-            self._fail(f"node {self._means.node}: {error}")
+            return
+        self._release()
+        self.promises.broken()
+        self._job = None
+        self._turn_down(f"node {self._means.node} cannot start a keeper for the pipe ({TRIES} tries): {error}")
 
     async def _find(self) -> None:
         assert self._keeper is not None
