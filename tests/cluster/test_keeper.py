@@ -474,6 +474,23 @@ async def test_a_keeper_that_cannot_start_says_why(held: MakeHeld, monkeypatch: 
     await here.stop()
 
 
+async def test_whether_one_lives_is_asked_without_an_effect(held: MakeHeld) -> None:
+    here = held(chain(one("a", "source"), one("b")), a=endless, b=slow)
+    assert not here.keeper._lives()  # there never was one
+    here.keeper._remove_socket()
+    await running(here)
+    assert here.keeper._lives()
+    socket = socket_path(here.directory)
+    here.keeper._remove_socket()
+    assert socket.is_socket()  # of one that lives
+    here.keeper.kill()
+    await until(lambda: here.lost)
+    assert not socket.exists()
+    socket.touch()
+    assert not here.keeper._lives() and socket.exists()
+    assert not await here.agent().find() and not socket.exists()
+
+
 async def test_a_keeper_that_hangs_is_replaced_by_nothing(held: MakeHeld, monkeypatch: pytest.MonkeyPatch) -> None:
     here = held(chain(one("a", "source"), one("b")), a=endless, b=slow)
     monkeypatch.setattr(keepers, "REACH", 0.2)
