@@ -259,6 +259,22 @@ async def test_what_a_keeper_left_that_died_while_no_agent_lived_is_swept_by_the
     assert not session.exists()
 
 
+def children(pid: int) -> list[int]:
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+async def test_a_stopped_fork_server_is_replaced_when_a_plan_asks_it_for_workers(held: MakeHeld) -> None:
+    here = held(chain(one("a", "source"), one("b")), a=endless, b=slow)
+    await here.start()
+    [server] = children(here.keeper.pid)
+    os.kill(server, signal.SIGSTOP)
+    await here.follow()
+    await here.up()
+    assert "the fork server is killed and replaced: it was stopped (SIGSTOP) and answered nothing for" in here.output()
+    await here.stop()
+    assert here.lost == []
+
+
 async def test_a_keeper_that_stays_stopped_is_killed_and_counts_as_lost(
     held: MakeHeld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
