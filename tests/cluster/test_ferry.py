@@ -301,13 +301,15 @@ async def test_idle_ferries_use_no_cpu() -> None:
         assert [node.news for node in here.nodes.values()] == news
 
 
-async def test_one_mirror_in_trouble_says_so_and_the_others_and_itself_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upipe.cluster.mirror_end.AGAIN", 0.01)
+async def test_one_mirror_in_trouble_says_so_and_the_others_and_itself_go_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("upipe.cluster.mirror_end.AGAIN", 0.05)
     spec = PipeSpec("p", (one("a", kind="source"), one("b"), one("c")), (EdgeSpec("a", "b"), EdgeSpec("a", "c")))
     async with harbour(spec, lay_out(spec, seats(a="1", b="2", c="2"), "")) as here:
         node, states = here.nodes["1"], []
         sick = node.ferry._stations[node.queue("e0-a-b")].ring
-        outgoing, troubles = MemQ.outgoing, 3
+        outgoing, troubles = MemQ.outgoing, 10
 
         def stuck(self: MemQ, *args: int) -> Any:
             nonlocal troubles
@@ -325,6 +327,8 @@ async def test_one_mirror_in_trouble_says_so_and_the_others_and_itself_go_on(mon
         assert done[2:] == [values, values]
         assert troubles == 0
         assert any("a process holds a lock" in info.state and info.state.startswith("failed") for info in states)
+        said = sum("a process holds a lock" in one.getMessage() for one in caplog.records)
+        assert 1 <= said < 5  # not at each try; on a busy machine a try may come so late that it is news
         assert len(here.dialled) == 1
 
 
