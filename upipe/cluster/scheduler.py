@@ -261,7 +261,13 @@ class Scheduler:
         now = [self.reports.get(node) for node in record.layout.placement.nodes()]
         self._was_up = self._was_up or all(report is not None and report.up for report in now)
         books = totals(record, reports)
-        return TellClient(record.state, record.reasons, self.waiting, books, crews(record, reports), self._was_up)
+        return TellClient(record.state, record.reasons, self._waits(), books, crews(record, reports), self._was_up)
+
+    def _waits(self) -> str:
+        """What finds no room, and what nodes wait for that shall run something."""
+        nodes = () if self.record.state in ENDED else sorted(self.record.layout.nodes())
+        here = [self.reports.get(node) for node in nodes]
+        return "; ".join(filter(None, (self.waiting, *(one.waits for one in here if one is not None))))
 
     # ------------------------------------------------------------------ time
 
