@@ -14,6 +14,7 @@ from tests.cluster import agent_support as support
 from tests.cluster.agent_support import Node
 from tests.cluster.test_runner import cluster
 from upipe.cluster import token
+from upipe.cluster.dealings import TellClient
 from upipe.pipe import CLUSTER_VARIABLE
 
 DEADLINE = 60.0
@@ -99,6 +100,41 @@ async def test_stop_ends_it_and_so_does_ctrl_c(node: Node, work: Path) -> None:
     assert process.returncode == 130 and b"stopping job" in err
     _, out, _ = await upipe("jobs")
     assert out.count("stopped") == 2
+
+
+ENDLESS = """
+import asyncio
+from helper import work
+from upipe import Pipe, Processor
+
+async def main():
+    pipe = Pipe("endless")
+    pipe.add(Processor("a", work))
+    await pipe.start(cluster="auto")
+    print("up", flush=True)
+    await asyncio.sleep(99)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+async def test_stopped_it_takes_its_pipes_with_it_at_once(node: Node, work: Path) -> None:
+    (work / "script.py").write_text(ENDLESS)
+    process = await begin("submit", "--working-dir", str(work), "script.py")
+    assert process.stdout is not None and await process.stdout.readline() == b"up\n"
+    [pipe] = node.agent.pipes.entries
+    [job] = node.agent.jobs.all
+    status, out, _ = await upipe("stop", job)
+    assert status == 0 and "stopped with exit status -15" in out  # it had no time to say good-bye
+    await process.communicate()
+
+    def told() -> TellClient:
+        return node.agent.pipes.known.info(pipe).told
+
+    await support.until(lambda: told().state == "stopped", 30)
+    assert told().reasons == ()  # and was not missed: that would be a reason
+    await support.until(lambda: not node.agent.parts.all, 30)
 
 
 async def test_the_cluster_is_listed_and_its_pipes_ended(node: Node, tmp_path: Path) -> None:

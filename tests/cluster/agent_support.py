@@ -21,6 +21,7 @@ from upipe.cluster.node_id import DataDir
 from upipe.cluster.options import Options, settle
 from upipe.cluster.record import Books, Crew
 from upipe.cluster.token import Secret
+from upipe.errors import KeeperFailed
 from upipe.graph.spec import EdgeSpec, PipeSpec, ProcessorSpec
 from upipe.settings import Place
 
@@ -45,6 +46,8 @@ class Survivors:
     ended: dict[Path, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     started: list[Any] = field(default_factory=list)
     """Every job that was started."""
+    stillborn: list[str] = field(default_factory=list)
+    """Why the next keepers do not start, one after the other."""
     fails: str = ""
     """Why no keeper can do what its first plan says."""
 
@@ -59,6 +62,8 @@ class FakeKeeper:
         self.open = True
 
     async def start(self, job: Any) -> None:
+        if self.crew.stillborn:
+            raise KeeperFailed(self.crew.stillborn.pop(0))
         self.crew.started.append(job)
         self.crew.alive[self.directory] = ((0, 0), None)
 
@@ -110,8 +115,8 @@ class FakeKeeper:
         self.open = False
 
     def kill(self) -> None:
-        self.crew.alive.pop(self.directory, None)
-        self.lost("it was killed")
+        if self.crew.alive.pop(self.directory, None):
+            self.lost("it was killed")
 
 
 class FakeFerry:

@@ -81,6 +81,26 @@ sys.exit(3)
         await here.run(msgspec.structs.replace(asked, arguments=("beside.py",)))
 
 
+@pytest.mark.parametrize("beside", [False, True])
+async def test_its_end_is_told_however_it_ended(tmp_path: Path, beside: bool) -> None:
+    """beside: the process beside it is killed, and the script with it."""
+    told: list[str] = []
+    access = {"UPIPE_TOKEN_FILE": str(tmp_path / "token")}
+    found = Jobs(tmp_path / "jobs", NODE, lambda: "127.0.0.1:7420", access, content, told.append)
+    text = "import os, signal\nprint(os.environ['UPIPE_JOB'], os.getpid(), flush=True)\nsignal.pause()"
+    await found.run(request(tmp_path, text, id="one"))
+    origin, pid = (await first_line(found, "one")).decode().split()
+    assert origin == f"{NODE}/one" and not told and not found.over()
+    process = found.all["one"].process
+    assert process is not None
+    os.kill(process.pid if beside else int(pid), signal.SIGKILL)
+    async with asyncio.timeout(20):
+        await found.all["one"].ended.wait()
+    assert told == found.over() == [origin]
+    assert found.info("one").state == ("lost" if beside else "failed")
+    await found.close()
+
+
 async def test_output_is_followed_while_it_runs(here: Jobs, tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)

@@ -259,6 +259,22 @@ async def test_what_a_keeper_left_that_died_while_no_agent_lived_is_swept_by_the
     assert not session.exists()
 
 
+def children(pid: int) -> list[int]:
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+async def test_a_stopped_fork_server_is_replaced_when_a_plan_asks_it_for_workers(held: MakeHeld) -> None:
+    here = held(chain(one("a", "source"), one("b")), a=endless, b=slow)
+    await here.start()
+    [server] = children(here.keeper.pid)
+    os.kill(server, signal.SIGSTOP)
+    await here.follow()
+    await here.up()
+    assert "the fork server is killed and replaced: it was stopped (SIGSTOP) and answered nothing for" in here.output()
+    await here.stop()
+    assert here.lost == []
+
+
 async def test_a_keeper_that_stays_stopped_is_killed_and_counts_as_lost(
     held: MakeHeld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -472,6 +488,23 @@ async def test_a_keeper_that_cannot_start_says_why(held: MakeHeld, monkeypatch: 
     await here.keeper.start(Job("test-1", here.spec, {}, {}))  # one lives there: it is the one
     assert keeper.main(here.directory) == keeper.IN_USE
     await here.stop()
+
+
+async def test_whether_one_lives_is_asked_without_an_effect(held: MakeHeld) -> None:
+    here = held(chain(one("a", "source"), one("b")), a=endless, b=slow)
+    assert not here.keeper._lives()  # there never was one
+    here.keeper._remove_socket()
+    await running(here)
+    assert here.keeper._lives()
+    socket = socket_path(here.directory)
+    here.keeper._remove_socket()
+    assert socket.is_socket()  # of one that lives
+    here.keeper.kill()
+    await until(lambda: here.lost)
+    assert not socket.exists()
+    socket.touch()
+    assert not here.keeper._lives() and socket.exists()
+    assert not await here.agent().find() and not socket.exists()
 
 
 async def test_a_keeper_that_hangs_is_replaced_by_nothing(held: MakeHeld, monkeypatch: pytest.MonkeyPatch) -> None:

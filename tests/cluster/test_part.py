@@ -20,7 +20,7 @@ from upipe.cluster.layout import node_plan
 from upipe.cluster.part import Part
 from upipe.cluster.part_means import Unfit
 from upipe.cluster.placement import Placement
-from upipe.errors import KeeperFailed, MessageInvalid, NodeRefused, NodeUnreachable
+from upipe.errors import ClusterError, MessageInvalid, NodeRefused, NodeUnreachable
 
 LAYOUT = lay_out(SPEC, Placement({"a": ("n1",), "b": ("n2",)}), "")
 
@@ -110,8 +110,8 @@ async def test_what_cannot_be_fetched_yet_is_tried_again_and_what_cannot_run_is_
     part, means, _ = made
     means.errors = [NodeUnreachable("not now"), NodeUnreachable("not now")]
     part.order(orders(1))
-    await until(lambda: means.told)
-    assert means.told[-1].fence == (1, 1) and not means.told[-1].failed
+    await until(lambda: means.told and means.told[-1].present)
+    assert means.told[-1].fence == (1, 1) and not means.told[-1].failed and not means.told[-1].waits
     part.order(orders(2, stop=True))
     await until(lambda: not means.told[-1].present)
     means.errors = [Unfit("node n1 lacks the package x")]
@@ -189,7 +189,7 @@ async def test_what_cannot_be_fetched_for_long_makes_the_node_unfit_with_a_sente
     part, means, _ = made
     means.errors = [NodeUnreachable("the content ab is nowhere")] * 10_000
     part.order(orders(1))
-    await until(lambda: means.told)
+    await until(lambda: means.told and means.told[-1].unfit)
     assert means.told[-1].unfit == (
         "node n1 could not get what the pipe's code needs within 0.1 s: the content ab is nowhere"
     )
@@ -200,6 +200,25 @@ async def test_what_cannot_be_fetched_for_long_makes_the_node_unfit_with_a_sente
     means.errors = []
     part.order(orders(2))  # but may be by newer orders
     await until(lambda: means.told[-1].present and means.told[-1].fence == (1, 2))
+
+
+async def test_what_a_node_waits_for_is_told_at_once_and_not_again_for_other_numbers(made, caplog):
+    part, means, _ = made
+    means.errors = [ClusterError(f"the disk has {number} bytes free") for number in range(8, 12)]
+    means.errors += [ClusterError("something else")] * 2
+    part.order(orders(1))
+    await until(lambda: means.told and means.told[-1].present)
+    said = [one.getMessage() for one in caplog.records if "tried again" in one.getMessage()]
+    assert said == ["pipe p: the disk has 8 bytes free; it is tried again", "pipe p: something else; it is tried again"]
+    waits = [one.waits for one in means.told]
+    assert waits[0] == "node n1 waits: the disk has 8 bytes free" and not waits[-1]
+    assert not any(one.present for one in means.told if one.waits) and means.told[0].fence == (0, 0)
+    part.order(orders(2, stop=True))
+    await until(lambda: not means.told[-1].present)
+    means.errors = [ClusterError("again")] * 3
+    part.order(orders(3))  # what waits here does not hide the stop that was obeyed before
+    await until(lambda: means.told[-1].waits)
+    assert means.told[-1].fence == (1, 2)
 
 
 async def test_trouble_that_ended_long_ago_makes_no_node_unfit(made, monkeypatch):
@@ -217,12 +236,25 @@ async def test_trouble_that_ended_long_ago_makes_no_node_unfit(made, monkeypatch
     assert not means.told[-1].unfit and means.told[-1].present
 
 
-async def test_a_keeper_that_does_not_start_fails_the_pipe_after_some_tries(made):
+async def test_a_keeper_that_does_not_start_after_some_tries_makes_the_node_unfit(made):
     part, means, _ = made
-    means.errors = [KeeperFailed("no memory")] * module.TRIES
+    means.engines.crew.stillborn = ["no memory"] * module.TRIES
     part.order(orders(1))
-    await until(lambda: means.told)
-    assert "no memory" in means.told[-1].failed and "n1" in means.told[-1].failed
+    await until(lambda: means.told and means.told[-1].unfit)
+    assert means.told[-1].unfit == "node n1 cannot start a keeper for the pipe (3 tries): no memory"
+    assert not means.told[-1].present and not means.told[-1].failed and part.promised == {}
+    assert means.engines.ferries["p"].calls[-1] == "close" and not means.engines.crew.started
+    part.order(orders(2, stop=True))
+    await until(lambda: means.told[-1].fence == (1, 2))
+    assert not means.told[-1].unfit
+    means.engines.crew.stillborn = ["no memory"] * (module.TRIES - 1)
+    for revision in (3, 5):  # tries of another time do not count
+        part.order(orders(revision))
+        await until(lambda revision=revision: means.told[-1].fence == (1, revision))
+        assert means.told[-1].present
+        part.order(orders(revision + 1, stop=True))
+        await until(lambda: not means.told[-1].present)
+        means.engines.crew.stillborn = ["no memory"]
 
 
 async def test_a_lost_keeper_is_told_until_a_stop_is_obeyed(made):

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from tests.cluster.agent_support import SPEC, met, running, start, until
-from upipe.cluster import routes, wire
+from tests.cluster.disks import SmallDisk
+from upipe.cluster import part, routes, wire
 from upipe.cluster.record import Shipment
 from upipe.errors import NodeUnreachable
 
@@ -35,6 +36,32 @@ async def test_contents_that_nobody_has_are_told_with_how_many_were_asked(tmp_pa
         orders = wire.Orders((1, 1), None, SPEC, SHIPMENT, a.id)
         with pytest.raises(NodeUnreachable, match=f"the content {SHA} is not here, and none of 1 other nodes gave it"):
             await b.agent.parts.prepare("p", orders)
+
+
+async def test_a_full_disk_is_told_at_once_by_the_coordinator_and_makes_the_node_unfit(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(part, "AGAIN", 0.1)
+    monkeypatch.setattr(part, "READY", 3.0)
+    async with running(tmp_path, "left", "right") as nodes:
+        left, right = nodes
+        data = bytes(1 << 20)
+        sha = hashlib.sha256(data).hexdigest()
+        async with left.client() as client:
+            await client.upload(routes.PUT_CODE, data, sha256=sha)
+            disk = SmallDisk(right.agent.store.directory, 1 << 16)
+            try:
+                shipment = Shipment({"a": sha, "b": sha}, python=PYTHON)
+                await client.call(routes.SUBMIT, wire.PipeRequest("words-1", SPEC, shipment))
+                known = left.agent.pipes.known
+                await until(lambda: known.info("words-1").told.waiting, 10)
+                said, state = known.info("words-1").told.waiting, known.info("words-1").told.state
+                assert state == "running" and said.startswith(f"node {right.id} waits: the content {sha} cannot be")
+                assert f"stored in {right.agent.store.directory}: No space left on device; it takes 1,048,576" in said
+                await until(lambda: known.info("words-1").told.state == "failed", 20)
+            finally:
+                disk.close()
+        [reason] = known.info("words-1").told.reasons
+        assert "could not get what the pipe's code needs within 3 s: the content" in reason
+        assert "make room on that disk" in reason and not known.info("words-1").told.waiting
 
 
 async def test_a_worker_moves_from_a_dead_coordinator_to_a_node_that_has_nothing_of_the_pipe(tmp_path) -> None:

@@ -9,10 +9,11 @@ import msgspec
 import pytest
 
 from tests.cluster.agent_support import CLIENT, SPEC, FakeEngines, Node, running, start, until
-from upipe.cluster import desk, routes, wire
+from upipe.cluster import desk, part, routes, wire
 from upipe.cluster.dealings import NodeReport, QueueState
 from upipe.cluster.record import ENDED, Books, Shipment
 from upipe.errors import NodeRefused
+from upipe.settings import Place
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +58,52 @@ async def test_a_pipe_runs_on_two_nodes_completes_and_is_forgotten_by_all(tmp_pa
             assert not node.agent.parts.all
             assert not list((node.data.path / "parts").iterdir())
             assert [path.name for path in (node.data.path / "records").iterdir()] == ["words-1@ended"]
+
+
+async def test_the_pipes_of_a_job_end_with_it_and_no_others(tmp_path):
+    async with running(tmp_path, "left", "right") as nodes:
+        left, right = nodes
+        job = f"{right.id}/script-1"
+        wanted = {"mine": ("", ""), "other": (CLIENT.id, f"{right.id}/script-2"), "stays": ("", job),
+                  "ends": (CLIENT.id, job)}  # fmt: skip
+        async with left.client() as there:
+            for name, (client, origin) in wanted.items():
+                asked = msgspec.structs.replace(request(client), id=name, job=origin)
+                await there.call(routes.SUBMIT, asked)
+            with pytest.raises(NodeRefused, match="bad_body"):
+                await there.call(routes.SUBMIT, msgspec.structs.replace(request(), job="no origin"))
+        await until(lambda: wanted.keys() <= right.agent.pipes.entries.keys())
+        await right.agent._requests.end_of_job(job)  # its coordinator is another node
+
+        def told(name: str) -> wire.TellClient:
+            return left.agent.pipes.known.info(name).told
+
+        await until(lambda: told("ends").state == "stopped")
+        assert told("ends").reasons == ()
+        assert {told(name).state for name in wanted if name != "ends"} == {"running"}
+
+
+async def test_where_no_keeper_starts_nothing_runs_and_the_pipe_fails_when_no_node_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(part, "AGAIN", 0.01)
+    async with running(tmp_path, "left", "right") as nodes, nodes[0].client() as there:
+        ids = {node.id for node in nodes}
+        anywhere = tuple(msgspec.structs.replace(one, place=Place()) for one in SPEC.processors)
+        known, tried = nodes[0].agent.pipes.known, 0
+        for sick in nodes:  # one of them is the first choice
+            sick.engines.crew.stillborn = ["no memory"] * part.TRIES
+            await there.call(routes.SUBMIT, msgspec.structs.replace(request(processors=anywhere), id=f"on-{sick.id}"))
+            await until(lambda sick=sick: known.info(f"on-{sick.id}").told.up, 10)
+            [well] = ids - {sick.id}
+            assert known.info(f"on-{sick.id}").seats == {"a": (well,), "b": (well,)}
+            tried += not sick.engines.crew.stillborn
+            sick.engines.crew.stillborn = []
+        assert tried
+        for node in nodes:
+            node.engines.crew.stillborn = ["no memory"] * part.TRIES
+        await there.call(routes.SUBMIT, request(processors=anywhere))
+        await until(lambda: info(nodes[0]).told.state == "failed", 10)
+        said = "node {} cannot start a keeper for the pipe (3 tries): no memory"
+        assert set(info(nodes[0]).told.reasons) == {said.format(node.id) for node in nodes}
 
 
 async def test_what_cannot_run_is_refused_with_reasons(tmp_path):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import stat
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from upipe.cluster.store import Store
+from tests.cluster.disks import SmallDisk
+from upipe.cluster.store import NoRoom, Store
 from upipe.errors import ArchiveRefused, NodeRefused
 
 
@@ -68,6 +71,53 @@ async def test_the_oldest_go_when_there_is_no_room_but_not_what_a_pipe_needs(tmp
     assert (caught.value.status, caught.value.code) == (507, "no_room")
     store.pin("other", [])
     await store.put(name(b"dddd"), pieces(b"dddd"))
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[SmallDisk]:
+    disk = SmallDisk(tmp_path / "disk", 1 << 20)
+    yield disk
+    disk.close()
+
+
+async def test_a_full_disk_is_named_with_what_is_free_and_what_is_needed(small: SmallDisk) -> None:
+    store, data, read = Store(small.path), bytes(1 << 18), []
+
+    async def counted(count: int = 8):
+        for _ in range(count):
+            read.append(data)
+            yield data
+
+    whole = name(data * 8)
+    with pytest.raises(NoRoom) as caught:
+        await store.put(whole, counted())
+    assert caught.value.status == 507 and len(read) == 8
+    said = caught.value.sentence
+    assert f"cannot be stored in {store.directory}: No space left on device; it takes 2,097,152 bytes, and" in said
+    free = int(re.search(r"and ([0-9,]+) are free", said)[1].replace(",", ""))  # type: ignore[index]
+    assert 3 << 18 <= free <= 1 << 20 and "make room on that disk" in said
+    assert not list(store.directory.iterdir())
+    with pytest.raises(NoRoom, match="it takes 2,097,152 bytes"):
+        await store.put(whole, counted())
+    assert len(read) == 8, "it is not sent in vain again"
+    with pytest.raises(NodeRefused, match="other_content"):  # whatever there is room for
+        await store.put(name(b"other"), counted())
+    assert await store.put(name(data), counted(1)) == len(data)
+    small.fill()
+    with pytest.raises(NoRoom, match=r"it takes 1 bytes, and 0 are free"):
+        await store.put(name(b"x"), pieces(b"x"))
+    small.free()
+    assert await store.put(name(b"x"), pieces(b"x")) == 1
+
+
+async def test_modules_that_find_no_room_unpacked_are_told_with_their_size(small: SmallDisk) -> None:
+    store, buffer = Store(small.path), io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("large.py", bytes(2 << 20))
+    await store.put(name(buffer.getvalue()), pieces(buffer.getvalue()))
+    with pytest.raises(NoRoom, match=f"cannot be stored in {store.modules}: .*; it takes 2,097,152 bytes"):
+        store.unpack(name(buffer.getvalue()))
+    assert not list(store.modules.iterdir())
 
 
 async def test_what_a_crash_left_and_what_nobody_used_is_removed_at_the_start(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from tests.system import jobs
 from tests.system.support import LONG, auntil, kill, worker_pids
 from upipe import Pipe, Processor, RestartPolicy, Settings
+from upipe.runtime import overdue
 from upipe.runtime.local import LocalRunner
 
 pytestmark = [pytest.mark.system, pytest.mark.chaos, pytest.mark.slow]
@@ -181,6 +182,29 @@ async def test_the_fork_server_is_stopped_when_a_worker_dies() -> None:
     assert await pipe.call(1, timeout=10) == 1
     assert runner.held.server is not server
     await pipe.wait_for_completion(10)
+
+
+async def test_a_stopped_fork_server_that_is_asked_for_a_worker_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(overdue, "STOPPED", 0.3)
+    monkeypatch.setattr(overdue, "LATE", 30.0)  # on a busy machine a look may be late
+    slowly = RestartPolicy(limit=100, backoff=0.3)
+    pipe = Pipe("stopped-server", settings=Settings(start_method="fork", restart=slowly))
+    pipe.chain(Processor("same", jobs.identity, workers=2))
+    await pipe.start()
+    runner = runner_of(pipe)
+    server, slot = runner.held.server, runner.supervisor.slots["same#0"]
+    assert server is not None and "fork server" not in runner.held.timers  # nobody looks at one that owes nothing
+    for state in ("running", "lost"):  # the second life after a death begins after a while
+        kill(runner, "same#0")
+        await auntil(lambda state=state: slot.epoch > 1 and slot.machine.state == state)  # type: ignore[misc]
+    os.kill(server.pid, signal.SIGSTOP)  # it has told of the death
+    await auntil(lambda: runner.held.server is not server)
+    assert "it was stopped (SIGSTOP) and answered nothing for" in caplog.text
+    assert sorted(await asyncio.gather(*(pipe.call(number, timeout=20) for number in range(8)))) == list(range(8))
+    await auntil(lambda: "fork server" not in runner.held.timers)
+    assert (await pipe.wait_for_completion(10)).balanced
 
 
 async def test_a_poison_frame_goes_to_the_dead_letters() -> None:

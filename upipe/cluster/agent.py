@@ -156,6 +156,8 @@ class Agent:
         self.neighbours.machine.info = self.settled.info(self.identity, port, self._found)
         await self.parts.start()
         self.pipes.start()
+        for job in self.jobs.over():  # perhaps while no agent lived
+            self._end_pipes_of(job)
         self.store.tidy()
         self._say_hello(bound)
         await self.neighbours.start(self.settled.seeds, options.multicast)
@@ -201,7 +203,7 @@ class Agent:
             lambda: machine.info, self._members, self.pipes.known.infos,
             lambda: [one for part in self.parts.all.values() for one in part.mirrors()],
         )  # fmt: skip
-        jobs = self._jobs()
+        jobs = self.jobs = self._make_jobs()
         jobs.load()
         self._open.append(jobs.close)
         return Handlers(
@@ -209,7 +211,7 @@ class Agent:
             self.credentials.derived, self.drain, self.metrics.text,
         )  # fmt: skip
 
-    def _jobs(self) -> Jobs:
+    def _make_jobs(self) -> Jobs:
         async def content(sha256: str) -> bytes | None:
             if not self.store.has(sha256):
                 return None
@@ -218,7 +220,12 @@ class Agent:
         token_file = self.settled.options.token_file or token.place()
         own = self.settled.options.own
         access = {token.VARIABLE: str(token_file.absolute()), **(tls.variables(own) if own else {})}
-        return Jobs(self._data.path / "jobs", self.identity.node_id, self._near, access, content)
+        return Jobs(
+            self._data.path / "jobs", self.identity.node_id, self._near, access, content, self._end_pipes_of
+        )  # fmt: skip
+
+    def _end_pipes_of(self, job: str) -> None:
+        self._errands.run(self._requests.end_of_job(job), f"end the pipes of job {job}")
 
     def _near(self) -> str:
         """Where processes of this host find us. One's own certificates carry the names that others dial, perhaps no

@@ -133,6 +133,12 @@ def unpack(data: bytes, target: Path, most: int = MOST_BYTES) -> None:
             shutil.rmtree(aside)
 
 
+def unpacked_size(data: bytes) -> int:
+    """Bytes of all its files, as its directory says. Raises zipfile.BadZipFile."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return sum(info.file_size for info in archive.infolist())
+
+
 def _check(entries: list[zipfile.ZipInfo], most: int) -> None:
     if len(entries) > MOST_FILES or sum(info.file_size for info in entries) > most:
         raise ArchiveRefused(f"the archive holds more than {most // MIB} MiB or {MOST_FILES:,} files")

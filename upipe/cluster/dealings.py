@@ -60,6 +60,8 @@ class NodeReport(msgspec.Struct, frozen=True):
     """With `refused`: what it has promised to other pipes."""
     unfit: str = ""
     """Nothing of the pipe runs there, and nothing can, with the reason: it is to run elsewhere."""
+    waits: str = ""
+    """Why it does not follow the newest orders yet: it tries again."""
 
 
 # ------------------------------------------------------------------ messages between agents

@@ -25,7 +25,7 @@ from upipe.cluster.mirror import Mirror, MirrorSink, MirrorSource
 from upipe.cluster.mirror_end import AGAIN
 from upipe.cluster.mirror_state import Failed
 from upipe.cluster.passages import NONE, passages
-from upipe.cluster.stations import CALM, Calm, Fault, Station, come, state
+from upipe.cluster.stations import CALM, Calm, Fault, Station, come, state, told
 from upipe.cluster.tail_watch import GLANCE, STEP, TailWatch
 from upipe.errors import MirrorRefused, UpipeError
 from upipe.memq.queue import MemQ
@@ -65,7 +65,9 @@ class Ferry:
         self._history: dict[str, Fault] = {}
         """Their latest faults; a queue that is well again keeps its own until its plan changes."""
         self._trouble = ""
-        """Why the gate cannot look."""
+        """Why the gate cannot look, as it was told."""
+        self._looks_at = ""
+        """The queue that the gate looks at just now."""
 
     # ------------------------------------------------------------------ plans
 
@@ -196,11 +198,11 @@ class Ferry:
         text = self._faults[name] = str(error) or type(error).__name__
         if text != before:
             log.error("pipe %s: queue %s: %s", self.pipe, name, text)
-        self._remember(name, text)
+        self._remember(name, text, come(self._stations.get(name)))
 
-    def _remember(self, name: str, text: str) -> None:
-        plan, station, now = _mirrors(self._plan).get(name), self._stations.get(name), self._loop.time()
-        epoch, position = _epoch(plan), come(station)
+    def _remember(self, name: str, text: str, position: int) -> None:
+        plan, now = _mirrors(self._plan).get(name), self._loop.time()
+        epoch = _epoch(plan)
         known = self._history.get(name)
         if known is None or not known.goes_on(epoch, position, now):
             self._history[name] = Fault(text, epoch, position, now, now)
@@ -304,20 +306,36 @@ class Ferry:
 
     def _look(self) -> None:
         """Let the sinks tell what has left this node."""
-        self._looking, self._trouble = None, ""
+        self._looking, self._looks_at = None, ""
         try:
             self._look_once()
         except Exception as error:
-            self._trouble = f"{type(error).__name__}: {error}"
-            log.exception("pipe %s: the gate cannot look", self.pipe)
+            self._blind(error)
             self._looking = self._loop.call_later(AGAIN, self._look)
+        else:
+            if self._trouble:
+                log.warning("pipe %s: the gate looks again", self.pipe)
+            self._trouble = ""
+
+    def _blind(self, error: Exception) -> None:
+        """Nothing is told as finished meanwhile. It counts against the queue that it could not look at, or against all
+        that wait to tell: what lasts makes them broken, as a mirror that fails does."""
+        text = f"{type(error).__name__}: {error}"
+        if text != self._trouble:
+            known = isinstance(error, UpipeError)
+            log.error("pipe %s: the gate cannot look: %s", self.pipe, text, exc_info=None if known else error)
+        self._trouble = text
+        for name in (self._looks_at,) if self._looks_at else self._passages.sinks:
+            if (station := self._stations.get(name)) is not None:
+                self._remember(name, f"the gate cannot look: {text}", told(station))
 
     def _look_once(self) -> None:
         """The order counts: every tail, then every head."""
         stations, found = self._stations, self._passages
         read = [name for name in (*found.sinks, *found.read) if name in stations]
-        tails = {name: Tail(*stations[name].ring.settled()) for name in read}
-        heads = {name: stations[name].ring.head if name in stations else NEVER for name in found.fed}
+        tails = {name: Tail(*self._ring(name).settled()) for name in read}
+        heads = {name: self._ring(name).head if name in stations else NEVER for name in found.fed}
+        self._looks_at = ""
         received = {
             name: station.mirror.received
             for name, station in stations.items()
@@ -327,6 +345,11 @@ class Ferry:
             mirror = stations[name].mirror
             if isinstance(mirror, MirrorSink):
                 mirror.allow(tail)
+
+    def _ring(self, name: str) -> MemQ:
+        """To look at it."""
+        self._looks_at = name
+        return self._stations[name].ring
 
 
 NEVER = 1 << 63

@@ -117,6 +117,8 @@ class Handlers:
         request: wire.PipeRequest = call.body
         if request.client and (identity := call.peer.identity) and self._derived and identity.id != request.client:
             raise refuse(403, "other_client", f"{identity.id} cannot submit a pipe for {request.client}.")
+        if request.job in self._jobs.over():
+            raise refuse(409, "job_over", f"The script of job {request.job} has ended, and its pipes with it.")
         if missing := self._store.missing(request.shipment.contents):
             raise refuse(409, "contents_missing", f"Upload these first (PUT /v1/code/...): {' '.join(missing)[:3900]}")
         return await self._requests.submit(request)

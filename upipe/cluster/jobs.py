@@ -7,7 +7,9 @@ A job runs in a process session of its own beside a small process that keeps its
 (Under systemd that takes KillMode=process.) Ended jobs are kept, the newest MOST_ENDED of them, and then removed.
 
 In its environment $UPIPE_CLUSTER names this agent and $UPIPE_TOKEN_FILE the file of the token, never the token: so
-`pipe.start(cluster="auto")` in the script reaches this cluster.
+`pipe.start(cluster="auto")` in the script reaches this cluster. $UPIPE_JOB travels with the pipes that it starts: when
+it has ended, however it did, those that go on are ended (pipe_requests.py). A script that is killed says no good-bye,
+and would be missed only after desk.BROKEN seconds.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import msgspec
 from upipe.cluster import archive, wire
 from upipe.cluster.job_process import PIECE, start_time, write_whole
 from upipe.cluster.server import Call, Handler, refuse
+from upipe.cluster.submitting import JOB_VARIABLE
 from upipe.errors import ArchiveRefused
 from upipe.pipe import CLUSTER_VARIABLE
 
@@ -95,11 +98,12 @@ class Jobs:
         address: HOST:PORT of this agent, for processes of this host, once it listens.
         access: environment that names the files of the cluster's token, and of certificates of one's own.
         content: bytes of a content that this node holds; None when it does not.
+        on_end: told the origin (wire.Origin) of each job that ends while this agent lives.
     """
 
     def __init__(
         self, directory: Path, node: str, address: Callable[[], str], access: dict[str, str],
-        content: Callable[[str], Awaitable[bytes | None]],
+        content: Callable[[str], Awaitable[bytes | None]], on_end: Callable[[str], None] = lambda origin: None,
     ) -> None:  # fmt: skip
         self.all: dict[str, Job] = {}
         self._directory = directory
@@ -107,6 +111,7 @@ class Jobs:
         self._address = address
         self._access = access
         self._content = content
+        self._on_end = on_end
         self._starting = asyncio.Lock()
         directory.mkdir(mode=0o700, exist_ok=True)
 
@@ -146,6 +151,7 @@ class Jobs:
         if job.process is not None:
             job.process.wait()
         job.ended.set()
+        self._on_end(self._origin(job.id))
         ended = [one for one in self.all.values() if one.ended.is_set()]
         for old in ended[: max(0, len(ended) - MOST_ENDED)]:
             del self.all[old.id]
@@ -180,7 +186,7 @@ class Jobs:
             script = Path(request.arguments[0])
             if script.is_absolute() or ".." in script.parts or not (directory / "work" / script).is_file():
                 raise refuse(400, "no_script", f"The working directory holds no script {request.arguments[0]}.")
-            saved = Saved(request.name, request.arguments, self._environment(request), request)
+            saved = Saved(request.name, request.arguments, self._environment(name, request), request)
             write_whole(directory / "job.json", json.dumps(msgspec.to_builtins(saved)))
             process = _beside(directory)
         except ArchiveRefused as error:
@@ -193,8 +199,8 @@ class Jobs:
         self._watch(job, os.pidfd_open(process.pid))
         return self.info(name)
 
-    def _environment(self, request: wire.JobRequest) -> dict[str, str]:
-        own = {CLUSTER_VARIABLE: self._address(), **self._access}
+    def _environment(self, job: str, request: wire.JobRequest) -> dict[str, str]:
+        own = {CLUSTER_VARIABLE: self._address(), JOB_VARIABLE: self._origin(job), **self._access}
         return {**os.environ, "PYTHONUNBUFFERED": "1", **request.environment, **own}
 
     async def stop(self, job: str, deadline: float) -> wire.JobInfo:
@@ -226,6 +232,13 @@ class Jobs:
                     await asyncio.sleep(GLANCE / 10)
 
     # ------------------------------------------------------------------ telling
+
+    def _origin(self, job: str) -> str:
+        return f"{self._node}/{job}"
+
+    def over(self) -> list[str]:
+        """Origins of the jobs that are known to have ended."""
+        return [self._origin(job.id) for job in self.all.values() if job.ended.is_set()]
 
     def _job(self, job: str) -> Job:
         found = self.all.get(job)

@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,7 @@ class Keeper:
                 while True:
                     try:
                         if not self._lives():
+                            self._remove_socket()
                             self._sweep()  # one that died while no agent lived has left its session
                             return False
                         if await self._connect():
@@ -169,18 +170,26 @@ class Keeper:
         return -1
 
     def _lives(self) -> bool:
-        """Whether somebody holds its lock. If not, the socket of one that was killed goes: under the lock, since it may
-        be that of a next one a moment later."""
+        """Whether somebody holds its lock."""
+        with self._asked_for_lock() as free:
+            return free is False
+
+    def _remove_socket(self) -> None:
+        """Of one that was killed. Under the lock, since it may be that of a next one a moment later."""
+        with self._asked_for_lock() as free:
+            if free:
+                socket_path(self.directory).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _asked_for_lock(self) -> Iterator[bool | None]:
+        """True: its lock was free, and is held meanwhile; False: a keeper holds it; None: there never was one."""
         try:
             fd = os.open(self.directory / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
-            return False
+            yield None
+            return
         try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            socket_path(self.directory).unlink(missing_ok=True)
-            return False
-        except BlockingIOError:
-            return True
+            yield _locked(fd)
         finally:
             os.close(fd)
 
@@ -354,7 +363,7 @@ class Keeper:
             await self._died(REACH)
         status = self._reap()
         self._unwatch()
-        self._lives()  # its socket goes
+        self._remove_socket()
         self.pid, self._newest = 0, None  # another life shall not begin with a plan of this one
         if self.news is None or self.news.present:
             self._sweep()
@@ -404,6 +413,15 @@ class Keeper:
         except OSError:
             lines = []
         return lines[-1][:500] if lines else "it wrote nothing"
+
+
+def _locked(fd: int) -> bool:
+    """False: somebody else holds it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _sweep() -> None:

@@ -75,6 +75,8 @@ class MirrorEnd:
         """Called when it stands elsewhere than before, for those who show it; often while frames flow."""
         self.trouble = ""
         """Why it does not go on now, although it may; "" when it does."""
+        self._logged = ("", 0.0)
+        """The trouble that was logged last, and when it was seen last."""
         self._again: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._links: dict[int, Link] = {}
@@ -109,10 +111,11 @@ class MirrorEnd:
 
     def troubled(self, error: Exception) -> None:
         """Something failed that shall not: leave the links, tell, and greet again after AGAIN seconds."""
-        text = f"{type(error).__name__}: {error}"
-        if text != self.trouble and not self.ring.is_closed:
+        text, now = f"{type(error).__name__}: {error}", self._loop.time()
+        same = text == self._logged[0] and now - self._logged[1] <= 3 * AGAIN  # at each try
+        if not same and not self.ring.is_closed:
             log.error("mirror %s: %s", self.name, text, exc_info=None if isinstance(error, UpipeError) else error)
-        self.trouble = text
+        self.trouble, self._logged = text, (text, now)
         links = list(self._links.values())
         self._links.clear()  # first: what follows must not fail again
         for link in links:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -55,7 +56,7 @@ READY = 30.0
 """Seconds for which it is tried to get what the pipe's code needs, before this node counts as unfit for it. Longer
 outlives longer cuts from those that have it; meanwhile the pipe waits for its workers here."""
 TRIES = 3
-"""Of starting a keeper, before the pipe fails with the reason."""
+"""Of starting a keeper, before this node counts as unfit for the pipe, with the reason."""
 log = logging.getLogger("upipe.cluster")
 
 
@@ -80,6 +81,8 @@ class Part:
         self.failed = ""
         self.unfit = ""
         """Why nothing of the pipe can run here."""
+        self.waits = ""
+        """Why the newest orders are not followed yet, as it was told."""
         self.promises = Promises(pipe, means)
         self._path = path
         self._means = means
@@ -136,7 +139,7 @@ class Part:
         self._wake.set()
 
     async def _follow_orders(self) -> None:
-        done, failures, since, told = (0, 0), 0, None, ""
+        done, failures, since = (0, 0), 0, None
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -145,7 +148,8 @@ class Part:
                 continue
             try:
                 await self._follow(orders)
-                done, told, since = orders.fence, "", None
+                done, since, failures = orders.fence, None, 0
+                self._wait_for("")
             except Unfit as error:
                 self._turn_down(str(error))
                 done, since = orders.fence, None
@@ -165,9 +169,7 @@ class Part:
                         self._turn_down(f"node {self._means.node} {lacks}: {error}")
                         done, since = orders.fence, None
                         continue
-                if str(error) != told:  # once: a disk may be full for hours
-                    told = str(error)
-                    log.warning("pipe %s: %s; it is tried again", self.pipe, error)
+                self._wait_for(str(error))
                 await asyncio.sleep(AGAIN)
                 self._wake.set()
             except Exception as error:  # a bug: said, or the pipe would hang without a word
@@ -176,13 +178,17 @@ class Part:
                 done = orders.fence
 
     def _failed_often(self, error: Exception) -> None:
-        """A keeper that cannot be started fails the pipe; one that lives and does not answer is given up."""
+        """Where no keeper can be started the pipe runs elsewhere; one that lives and does not answer is given up."""
+        if self._keeper is not None:
+            self._keeper.kill()  # one that answers nobody must not run beside its successor on another node
         if self._seeking and self._keeper is not None:
             self._seeking = False
-            self._keeper.kill()
             self._on_lost(f"it was killed: {error}")
-        else:
-            self._fail(f"node {self._means.node}: {error}")
+            return
+        self._release()
+        self.promises.broken()
+        self._job = None
+        self._turn_down(f"node {self._means.node} cannot start a keeper for the pipe ({TRIES} tries): {error}")
 
     async def _find(self) -> None:
         assert self._keeper is not None
@@ -253,7 +259,7 @@ class Part:
         self._plans.clear()
 
     def _obeyed(self, fence: Fence) -> None:
-        self._gone, self.lost, self.failed, self.unfit, self._stopped = True, False, "", "", fence
+        self._gone, self.lost, self.failed, self.unfit, self.waits, self._stopped = True, False, "", "", "", fence
         self._job = self.news = None
         self.promises.broken()
         if self._keeper is not None:
@@ -266,9 +272,18 @@ class Part:
         if self._gone and self._stopped == fence == self.orders.fence:
             self._over(self)
 
+    def _wait_for(self, why: str) -> None:
+        """Told when it is another thing, not when another number stands in it: a disk may be full for hours."""
+        if _but_numbers(why) == _but_numbers(self.waits):
+            return
+        if why:
+            log.warning("pipe %s: %s; it is tried again", self.pipe, why)
+        self.waits = why
+        self._dirty.set()
+
     def _turn_down(self, why: str) -> None:
         log.error("pipe %s: %s", self.pipe, why)
-        self.unfit = why
+        self.unfit, self.waits = why, ""
         self._dirty.set()
 
     def _fail(self, why: str) -> None:
@@ -321,12 +336,14 @@ class Part:
     def report(self) -> NodeReport | None:
         """Everything this node has to say about the pipe now; None: nothing yet."""
         number, news = self._means.number(), self.news
+        waits = f"node {self._means.node} waits: {self.waits}" if self.waits and not self._seeking else ""
         if self._gone:
-            if not (self.lost or self.failed or self.unfit or self._stopped > (0, 0)):
+            if not (self.lost or self.failed or self.unfit or waits or self._stopped > (0, 0)):
                 return None
             return NodeReport(
-                self._means.node, number, self._stopped, False, self.lost, failed=self.failed, unfit=self.unfit
-            )
+                self._means.node, number, self._stopped, False, self.lost, failed=self.failed, unfit=self.unfit,
+                waits=waits,
+            )  # fmt: skip
         if news is None or self._ferry is None or self.followed == (0, 0):
             if why := self.failed or (news.failed if news is not None else ""):  # in the middle of its first plan
                 return NodeReport(self._means.node, number, self.followed, failed=why)
@@ -337,6 +354,7 @@ class Part:
         return NodeReport(
             self._means.node, number, self.followed, True, False, ended, left, states, False, why,
             news.up and not mine.refused, news.crews, mine.refused, mine.others if mine.refused else {},
+            waits=waits,
         )  # fmt: skip
 
     async def _report_changes(self) -> None:
@@ -427,3 +445,7 @@ class Part:
         if self._keeper is not None:
             self._keeper.close()
             self._keeper = None
+
+
+def _but_numbers(text: str) -> str:
+    return re.sub("[0-9]+", "", text)

@@ -30,7 +30,7 @@ from upipe.cluster.peers import Peers
 from upipe.cluster.placement import Seat
 from upipe.cluster.routes import CODE, REPORT
 from upipe.cluster.server import refuse
-from upipe.cluster.store import Store
+from upipe.cluster.store import NoRoom, Store
 from upipe.errors import ArchiveRefused, ClusterError, NodeUnreachable
 from upipe.graph.spec import PipeSpec
 from upipe.runtime.spool import DeadLetter
@@ -258,6 +258,8 @@ class Parts:
             paths = [str(await asyncio.to_thread(self._store.unpack, one)) for one in shipment.modules]
         except ArchiveRefused as error:
             raise Unfit(f"node {self.node} cannot unpack the modules of the pipe: {error}") from None
+        except NoRoom as error:
+            raise ClusterError(error.sentence) from None
         places = ({name: str(self._store.path(one)) for name, one in kind.items()}
                   for kind in (shipment.code, shipment.scripts))  # fmt: skip
         code, scripts = places
@@ -271,6 +273,8 @@ class Parts:
             try:
                 await self._store.put(content, self._peers.content(node, CODE, sha256=content))
                 return
+            except NoRoom as error:  # nor for what the others would send
+                raise ClusterError(error.sentence) from None
             except ClusterError as error:
                 failure = error
         told = f"the content {content} is not here, and none of {len(asked)} other nodes gave it"

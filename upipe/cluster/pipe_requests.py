@@ -14,11 +14,18 @@ from upipe.cluster.messages import NodeInfo
 from upipe.cluster.peers import Peers
 from upipe.cluster.pipes import Pipes
 from upipe.cluster.placement import Unplaceable
-from upipe.cluster.record import Record
+from upipe.cluster.record import ENDED, Record
 from upipe.cluster.routes import DRAIN, STOP
 from upipe.cluster.scheduler import Scheduler
 from upipe.cluster.server import refuse
+from upipe.errors import ClusterError
 from upipe.graph.validate import problems
+
+FAREWELL = 15.0
+"""Seconds for which it is tried to end the pipes of a script that has ended. Then they are missed anyway (desk.BROKEN).
+"""
+AGAIN = 1.0
+"""Seconds between two tries."""
 
 
 class PipeRequests:
@@ -60,7 +67,7 @@ class PipeRequests:
             raise refuse(503, "draining", "This node is about to leave: ask another one.")
         found = Scheduler.submit(
             self.me, request.id, request.spec, self._pipes.nodes(None), request.client, self._loop.time(),
-            request.shipment,
+            request.shipment, request.job,
         )  # fmt: skip
         if isinstance(found, Unplaceable):
             raise refuse(409, "no_room", found.told()[:4000])
@@ -91,6 +98,27 @@ class PipeRequests:
         else:
             self._pipes.follow(entry, StopPipe())
         return self._known.info(pipe)
+
+    async def end_of_job(self, job: str) -> None:
+        """A submitted script has ended, and its pipes that go on end with it: whoever read and fed them is gone, and
+        may not have lived to say so. Those that nobody has to stay for (without a client) go on.
+
+        Args:
+            job: as in Record.job.
+        """
+        until = self._loop.time() + FAREWELL
+        while (left := self._begun_by(job)) and self._loop.time() < until:
+            for pipe in left:
+                try:
+                    await self.end(pipe, "stop", 0.0, forward=True)
+                except ClusterError:
+                    pass  # nobody coordinates it just now
+            if self._begun_by(job):
+                await asyncio.sleep(AGAIN)
+
+    def _begun_by(self, job: str) -> list[str]:
+        records = [entry.record for entry in self._known.entries.values()]
+        return [one.id for one in records if one.job == job and one.layout.client and one.state not in ENDED]
 
     async def attend(self, pipe: str, asked: wire.Attendance, broken: Callable[[], bool]) -> wire.News:
         """The submitting process asks what there is for it.

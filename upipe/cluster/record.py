@@ -120,6 +120,8 @@ class Record(msgspec.Struct, frozen=True):
     crews: dict[str, Crew] = {}
     """By processor, of nodes that are gone; of all of them once the pipe ended."""
     shipment: Shipment = NO_SHIPMENT
+    job: str = ""
+    """NODE/JOB, the submitted script that began it; "": no script did."""
 
     @property
     def fence(self) -> tuple[int, int]:

@@ -85,7 +85,7 @@ class Scheduler:
     @classmethod
     def submit(
         cls, me: str, id: str, spec: PipeSpec, nodes: Iterable[Node], client: str, now: float,  # noqa: A002
-        shipment: Shipment = NO_SHIPMENT,
+        shipment: Shipment = NO_SHIPMENT, job: str = "",
     ) -> tuple[Scheduler, list[Command]] | Unplaceable:
         """Begin to coordinate a new pipe, submitted to this agent.
 
@@ -95,6 +95,7 @@ class Scheduler:
             nodes: agents that are alive, this one among them.
             client: node id of the submitting process; "" when it does not stay.
             shipment: what its nodes need beside the spec.
+            job: see Record.job.
 
         Returns:
             The scheduler with its first commands, or why the pipe cannot run.
@@ -106,7 +107,7 @@ class Scheduler:
         others = [node.id for node in alive if node.id != me and not node.draining]
         members = tuple(sorted((me, *others[: MOST_MEMBERS - 1])))
         record = Record(id, spec, 1, 1, me, members, me, lay_out(spec, Placement(found.seats), client), wanted=found,
-            shipment=shipment)
+            shipment=shipment, job=job)
         made = cls(me, record)
         made.up = {node.id: node for node in alive}
         made._changed = False
@@ -260,7 +261,13 @@ class Scheduler:
         now = [self.reports.get(node) for node in record.layout.placement.nodes()]
         self._was_up = self._was_up or all(report is not None and report.up for report in now)
         books = totals(record, reports)
-        return TellClient(record.state, record.reasons, self.waiting, books, crews(record, reports), self._was_up)
+        return TellClient(record.state, record.reasons, self._waits(), books, crews(record, reports), self._was_up)
+
+    def _waits(self) -> str:
+        """What finds no room, and what nodes wait for that shall run something."""
+        nodes = () if self.record.state in ENDED else sorted(self.record.layout.nodes())
+        here = [self.reports.get(node) for node in nodes]
+        return "; ".join(filter(None, (self.waiting, *(one.waits for one in here if one is not None))))
 
     # ------------------------------------------------------------------ time
 

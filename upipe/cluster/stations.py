@@ -107,6 +107,11 @@ def come(station: Station | None) -> int:
     return mirror.received if isinstance(mirror, MirrorSource) else mirror.machine.head
 
 
+def told(station: Station) -> int:
+    """Position up to which it was told that all is finished, where this end tells that; else as come()."""
+    return station.mirror.machine.known if isinstance(station.mirror, MirrorSink) else come(station)
+
+
 def state(station: Station) -> QueueState:
     """How a queue stands, for the coordinator; faults apart."""
     mirror = station.mirror

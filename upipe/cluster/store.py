@@ -11,22 +11,36 @@ MOST_BYTES are reached; never those that a pipe needs whose workers run here (`p
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from io import FileIO
 from pathlib import Path
 
 from upipe.cluster import archive
 from upipe.cluster.server import refuse
+from upipe.errors import NodeRefused
 from upipe.settings import MIB
 
 MOST_BYTES = 8192 * MIB
 """Bytes of all contents. More spares sending again, and takes disk."""
 KEEP_DAYS = 7.0
 _PIECE = 1 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class NoRoom(NodeRefused):
+    """It finds no room on this node, whoever gives it."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__("this node", 507, "no_room", sentence)
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:  # type: ignore[override]
+        return (type(self), (self.sentence,))
 
 
 class Store:
@@ -44,6 +58,8 @@ class Store:
         self.needed: Callable[[], Iterable[str]] = tuple
         """Contents of the pipes whose records lie here: other nodes may ask for them."""
         self._pins: dict[str, frozenset[str]] = {}
+        self._large = ("", 0)
+        """The content that found no room last, and its bytes: it is not fetched again in vain."""
         for one in (self.directory, self.modules):
             one.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in (*self.directory.glob(".*"), *self.modules.glob(".*")):
@@ -103,28 +119,47 @@ class Store:
         """Take a content; its size. One that is here already is read to its end and left as it is.
 
         Raises:
-            NodeRefused: its hash is another one (400), or there is no room (507).
+            NoRoom: the disk is full, or what pipes here need takes all that may be kept.
+            NodeRefused: its hash is another one (400), or it cannot be written (507).
         """
+        name, large = self._large
+        if name == sha256 and not self.has(sha256) and _free(self.directory) < large:
+            raise self._full(sha256, large, errno.ENOSPC)
         aside = self.directory / f".{sha256}.{secrets.token_hex(4)}"
-        seen, size = hashlib.sha256(), 0
+        seen, size, wrong = hashlib.sha256(), 0, 0
         try:
             fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "wb") as file:
+            with os.fdopen(fd, "wb", buffering=0) as file:
                 async for piece in pieces:
                     seen.update(piece)
                     size += len(piece)
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
+                    wrong = wrong or _written(file, piece)  # the rest of one that finds no room is counted
+                if not wrong:
+                    os.fsync(file.fileno())
             if seen.hexdigest() != sha256:
                 raise refuse(400, "other_content", f"The content's SHA-256 is {seen.hexdigest()}, not {sha256}.")
-            self._make_room(size, sha256)
-            os.rename(aside, self.path(sha256))
+            if not wrong:
+                self._make_room(size, sha256)
+                os.rename(aside, self.path(sha256))
         except OSError as error:
-            raise refuse(507, "no_room", f"The content cannot be written: {error.strerror}.") from None
+            if error.errno not in _FULL:
+                raise refuse(507, "no_room", f"The content cannot be written: {error.strerror}.") from None
+            wrong = error.errno
+            async for piece in pieces:  # what was not read yet
+                size += len(piece)
         finally:
             aside.unlink(missing_ok=True)
+        if wrong:
+            self._large = (sha256, size)
+            raise self._full(sha256, size, wrong)
         return size
+
+    def _full(self, sha256: str, size: int, why: int, where: Path | None = None) -> NoRoom:
+        where = where or self.directory
+        return NoRoom(
+            f"the content {sha256} cannot be stored in {where}: {os.strerror(why)}; it takes {size:,} bytes, and "
+            f"{_free(where):,} are free there: make room on that disk"
+        )
 
     def _make_room(self, size: int, keep: str) -> None:
         pinned = {keep, *self._kept()}
@@ -138,7 +173,10 @@ class Store:
                 shutil.rmtree(self.modules / path.name, ignore_errors=True)
                 total -= status.st_size
         if total > self._most:
-            raise refuse(507, "no_room", f"The contents that pipes here need leave no room for {size:,} bytes more.")
+            raise NoRoom(
+                f"the contents in {self.directory} that pipes here need leave no room for {size:,} bytes more: they "
+                f"may take {self._most:,}"
+            )
 
     # ------------------------------------------------------------------ archives
 
@@ -147,7 +185,7 @@ class Store:
 
         Raises:
             ArchiveRefused: it is no zip archive, has a name that leads out of it, or is too large.
-            OSError: it is not here, or the disk is full.
+            NoRoom: the disk is full. OSError: it is not here.
         """
         target = self.modules / sha256
         if target.is_dir():
@@ -155,7 +193,13 @@ class Store:
             return target
         aside = self.modules / f".{sha256}.{secrets.token_hex(4)}"
         try:
-            archive.unpack(self.path(sha256).read_bytes(), aside)
+            data = self.path(sha256).read_bytes()
+            try:
+                archive.unpack(data, aside)
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                raise self._full(sha256, archive.unpacked_size(data), error.errno, self.modules) from None
             try:
                 os.rename(aside, target)
             except OSError:
@@ -168,3 +212,22 @@ class Store:
 
 def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _free(directory: Path) -> int:
+    """Bytes."""
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize
+
+
+def _written(file: FileIO, piece: bytes) -> int:
+    """0, or the errno of a disk that has no room for it."""
+    rest = memoryview(piece)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        return error.errno
+    return 0

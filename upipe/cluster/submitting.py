@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 
 from upipe.cluster import wire
@@ -14,6 +15,8 @@ from upipe.errors import DeclarationError, NodeRefused
 from upipe.graph.spec import PipeSpec
 from upipe.processor import Processor
 
+JOB_VARIABLE = "UPIPE_JOB"
+"""In the environment of a submitted script: NODE/JOB, which travels with its pipes, so that they end with it."""
 log = logging.getLogger("upipe.cluster")
 _NEVER = frozenset({"no_room", "no_pipe"})
 """Codes of refusals that are about what was declared."""
@@ -32,8 +35,9 @@ async def submit(
     async with reached.client() as client:
         await upload(client, freight.contents.items())
         me = reached.credentials.identity.id
+        request = wire.PipeRequest(id, spec, freight.shipment, me, os.environ.get(JOB_VARIABLE, ""))
         try:
-            info = await client.call(SUBMIT, wire.PipeRequest(id, spec, freight.shipment, me))
+            info = await client.call(SUBMIT, request)
         except NodeRefused as error:
             if error.code in _NEVER:
                 raise DeclarationError([error.sentence], f"pipe {spec.name!r} on this cluster") from None

@@ -28,6 +28,8 @@ Name = Annotated[str, Meta(pattern=f"^{NAME}$")]
 Address = Annotated[str, Meta(min_length=1, max_length=255)]
 """HOST:PORT."""
 Text = Annotated[str, Meta(max_length=4096)]
+Origin = Annotated[str, Meta(pattern=f"^({NODE_ID}/{NAME})?$")]
+"""NODE/JOB; "": of no job."""
 Epoch = Annotated[int, Meta(ge=0, le=2**53)]
 """Life number of a pipe's coordination; JSON numbers are exact up to 2^53."""
 
@@ -81,6 +83,8 @@ class PipeRequest(msgspec.Struct, frozen=True):
     """The node must hold its contents already (put_code)."""
     client: Annotated[str, Meta(pattern=f"^({NODE_ID})?$")] = ""
     """The submitting process, when it emits or reads results."""
+    job: Origin = ""
+    """The submitted script that it belongs to: the pipe ends with it."""
 
 
 class PipeInfo(msgspec.Struct, frozen=True):

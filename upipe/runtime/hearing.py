@@ -7,6 +7,7 @@ waits nor decides.
 from __future__ import annotations
 
 import errno
+import logging
 import select
 import signal
 import socket
@@ -16,10 +17,12 @@ from collections.abc import Callable
 from upipe.errors import PipeError
 from upipe.graph.spec import PipeSpec
 from upipe.lifecycle import PIPE_ENDED
+from upipe.memq import segment
 from upipe.runtime import events as ev
 from upipe.runtime import messages, provision
 from upipe.runtime.holdings import Holdings, signal_quietly, weakly
 from upipe.runtime.osproc import wait_dead
+from upipe.runtime.overdue import Overdue
 from upipe.runtime.process import ForkServer
 from upipe.runtime.restarts import Restarts
 from upipe.runtime.supervisor import Supervisor
@@ -31,6 +34,7 @@ heard."""
 SERVER_PATIENCE = 1.0
 """Seconds the fork server may take to report a death that its worker's socket told before. Then it hangs or was
 stopped."""
+log = logging.getLogger("upipe.runtime")
 
 
 class Hearing:
@@ -43,6 +47,7 @@ class Hearing:
     def __init__(self) -> None:
         self._servers = Restarts(RestartPolicy())
         """Deaths of fork servers."""
+        self._overdue = Overdue()
 
     def _handle(self, event: ev.Event) -> None:
         raise NotImplementedError
@@ -80,6 +85,8 @@ class Hearing:
         self.held.keep_socket(command.worker, ours)
         self.held.watch(ours.fileno(), self._callback(self._hear), command.worker, ours)
         self.held.server.spawn(self._request(command.worker), theirs)
+        self._overdue.asked(time.monotonic())
+        self._look_when_due()
 
     def _request(self, worker: str) -> messages.Spawn:
         return provision.request(worker, self.supervisor.slots[worker].spec)
@@ -98,6 +105,8 @@ class Hearing:
         except EOFError:
             self._replace_server()
             return
+        self._overdue.answered(self.held.server.owes, time.monotonic())
+        self._look_when_due()
         for message, pidfd in heard:
             if isinstance(message, messages.Spawned):
                 if pidfd is None:
@@ -128,6 +137,8 @@ class Hearing:
         assert held.server is not None
         held.unwatch(held.server.sock.fileno())
         held.server.close()
+        self._overdue.answered(False, time.monotonic())
+        self._look_when_due()
         known = {*held.pidfds, *held.sockets}  # those that end already are among them
         lost = [slot for slot in self.supervisor.slots.values() if slot.alive or slot.name in known]
         lost.sort(key=lambda slot: not slot.pid)  # those whose pid is not known give back what is left
@@ -173,6 +184,29 @@ class Hearing:
                 self._count_letter(message.size)
             if sock.fileno() < 0:
                 return  # handling it ended the pipe
+
+    def _look_when_due(self) -> None:
+        """At the fork server. Without a request that it owes an answer to there is no timer."""
+        due, known = self._overdue.due, "fork server" in self.held.timers
+        if due is None:
+            self.held.cancel("fork server")
+        elif not known:
+            self.held.later("fork server", due - time.monotonic(), self._callback(self._look_at_server))
+
+    def _look_at_server(self) -> None:
+        self.held.cancel("fork server")
+        server, now = self.held.server, time.monotonic()
+        if server is None or self._overdue.due is None:
+            return
+        try:
+            state = segment.process_state(server.pid)
+        except OSError:  # no descriptor to be had just now
+            state = "?"
+        if now >= self._overdue.due and (why := self._overdue.look(state, now)):
+            log.error("pipe %s: the fork server is killed and replaced: %s", self.spec.name, why)
+            signal_quietly(server.pidfd, signal.SIGKILL)  # its socket tells
+            return
+        self._look_when_due()
 
     def _missed(self, worker: str) -> None:
         """A worker ended long ago and the server did not say so: it is stopped, or hangs. Kill it, to be replaced."""

@@ -78,6 +78,11 @@ class ForkServer:
             reap(self.pid)
             raise
 
+    @property
+    def owes(self) -> bool:
+        """Whether a request has no answer yet."""
+        return bool(self._asked or self._waiting)
+
     def spawn(self, request: Spawn, sock: socket.socket) -> None:
         """Ask for a worker. sock is its end of the control socket, and closed here. More than MOST_ASKED wait their
         turn."""
