@@ -19,13 +19,13 @@ from OpenSSL import SSL, crypto
 from upipe.cluster.tls_records import FastRecords, NotAName, ffi, lib
 
 NEEDED = (
-    "BIO_get_mem_data", "BIO_read", "BIO_set_mem_eof_return", "BIO_write", "ERR_clear_error", "ERR_lib_error_string",
-    "ERR_peek_error", "ERR_reason_error_string", "SSL_do_handshake", "SSL_get0_param", "SSL_get_error",
-    "SSL_get_verify_result", "SSL_get_shutdown", "SSL_pending", "SSL_read", "SSL_shutdown", "SSL_write",
-    "X509_VERIFY_PARAM_set1_host", "X509_VERIFY_PARAM_set1_ip", "X509_VERIFY_PARAM_set_hostflags",
-    "X509_verify_cert_error_string", "SSL_MODE_ENABLE_PARTIAL_WRITE", "SSL_OP_IGNORE_UNEXPECTED_EOF",
-    "SSL_OP_NO_RENEGOTIATION", "X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS", "X509_V_ERR_HOSTNAME_MISMATCH",
-    "X509_V_ERR_INVALID_EXTENSION", "X509_V_ERR_IP_ADDRESS_MISMATCH", "X509_V_FLAG_X509_STRICT",
+    "BIO_get_mem_data", "BIO_read", "BIO_set_mem_eof_return", "BIO_write", "ERR_GET_REASON", "ERR_clear_error",
+    "ERR_peek_error", "ERR_reason_error_string", "SSL_MODE_ENABLE_PARTIAL_WRITE", "SSL_OP_NO_RENEGOTIATION",
+    "SSL_R_UNEXPECTED_EOF_WHILE_READING", "SSL_do_handshake", "SSL_get0_param", "SSL_get_error", "SSL_get_shutdown",
+    "SSL_get_verify_result", "SSL_pending", "SSL_read", "SSL_shutdown", "SSL_write",
+    "X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS", "X509_VERIFY_PARAM_set1_host", "X509_VERIFY_PARAM_set1_ip",
+    "X509_VERIFY_PARAM_set_hostflags", "X509_V_ERR_HOSTNAME_MISMATCH", "X509_V_ERR_INVALID_EXTENSION",
+    "X509_V_ERR_IP_ADDRESS_MISMATCH", "X509_V_FLAG_X509_STRICT", "X509_verify_cert_error_string",
 )  # fmt: skip
 """What must be there."""
 
@@ -111,9 +111,8 @@ def _prepared(chain: bytes, key: bytes, trusted: tuple[bytes, ...], strict: bool
     context.set_min_proto_version(SSL.TLS1_3_VERSION)
     context.clear_mode(lib.SSL_MODE_ENABLE_PARTIAL_WRITE)  # else SSL_write returns after each record
     # No session outlives its connection: there is no cache, and without tickets a client gets a number of one at most.
-    # As Python's ssl, ignore a missing close_notify: HTTP and the link's records have ends of their own.
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
-    context.set_options(SSL.OP_NO_TICKET | lib.SSL_OP_IGNORE_UNEXPECTED_EOF | lib.SSL_OP_NO_RENEGOTIATION)
+    context.set_options(SSL.OP_NO_TICKET | lib.SSL_OP_NO_RENEGOTIATION)
     # A client's VERIFY_PEER demands a certificate; a server's asks for one, and verifies what is shown (CERT_OPTIONAL).
     # Purposes are OpenSSL's: a client's certificate must be for clients, a server's for servers.
     context.set_verify(SSL.VERIFY_PEER)

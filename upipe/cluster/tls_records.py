@@ -18,11 +18,12 @@ SSL_set_fd past the event loop (a system call per record); writes record by reco
 
 from __future__ import annotations
 
+import re
 import ssl
 import threading
 from collections.abc import Callable
 from ipaddress import IPv4Address, ip_address
-from typing import Any
+from typing import Any, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -39,8 +40,8 @@ MOST = 1 << 30
 """Bytes that one call reads: C counts them in an int."""
 ROOM = SLICE + (SLICE // RECORD + 1) * 64
 """Bytes of a slice as records."""
-_OLD_NAME = "SSL/TLS_ALERT_", "SSLV3_ALERT_"
-"""How OpenSSL 3.2 and newer word old alerts, and how all before did."""
+_ALERT = re.compile(r"^(ssl/)?tls alert ")
+"""How OpenSSL 3.2 and newer begin the wording of old alerts; before, it was "sslv3 alert"."""
 
 
 class _Thread(threading.local):
@@ -160,18 +161,17 @@ class FastRecords:
             return _want_read()
         if code == lib.SSL_ERROR_ZERO_RETURN:
             text = "TLS/SSL connection has been closed (EOF)"
-            return ssl.SSLZeroReturnError(ssl.SSL_ERROR_ZERO_RETURN, text)
-        if code == lib.SSL_ERROR_SYSCALL and not queued:
-            return ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "EOF occurred in violation of protocol")
+            return _made(ssl.SSLZeroReturnError, ssl.SSL_ERROR_ZERO_RETURN, text)
+        cut = code == lib.SSL_ERROR_SSL and lib.ERR_GET_REASON(queued) == lib.SSL_R_UNEXPECTED_EOF_WHILE_READING
+        if cut or (code == lib.SSL_ERROR_SYSCALL and not queued):
+            return _made(ssl.SSLEOFError, ssl.SSL_ERROR_EOF, "EOF occurred in violation of protocol")
         if code != lib.SSL_ERROR_SSL or not queued:
-            return ssl.SSLError(ssl.SSL_ERROR_SSL, "A failure in the SSL library occurred")
-        text = _text(lib.ERR_reason_error_string(queued)) or "unknown"
-        reason = text.upper().replace(" ", "_").replace(*_OLD_NAME)
+            return _made(ssl.SSLError, ssl.SSL_ERROR_SSL, "A failure in the SSL library occurred")
+        text = _ALERT.sub("sslv3 alert ", _text(lib.ERR_reason_error_string(queued))) or "unknown"
+        reason = text.upper().replace(" ", "_")
         if reason == "CERTIFICATE_VERIFY_FAILED":
             return unverified(lib.SSL_get_verify_result(self._ssl), self.server_hostname)
-        error = ssl.SSLError(ssl.SSL_ERROR_SSL, f"[SSL: {reason}] {text}")
-        error.library, error.reason = "SSL", reason
-        return error
+        return _made(ssl.SSLError, ssl.SSL_ERROR_SSL, f"[SSL: {reason}] {text}", reason)
 
     # ------------------------------------------------------------ as of SSLObject
 
@@ -233,7 +233,7 @@ class FastRecords:
     def _over(self, result: int) -> None:
         """Reading came to its end, or failed."""
         error = self._error(result)
-        if isinstance(error, ssl.SSLZeroReturnError) and lib.SSL_get_shutdown(self._ssl) & SSL.RECEIVED_SHUTDOWN:
+        if isinstance(error, ssl.SSLZeroReturnError) and lib.SSL_get_shutdown(self._ssl) == SSL.RECEIVED_SHUTDOWN:
             self._ended = True
         else:
             self._failure = error
@@ -277,8 +277,18 @@ class FastRecords:
         """None: none is offered."""
 
 
-def _want_read() -> ssl.SSLWantReadError:
-    return ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "The operation did not complete (read)")
+Error = TypeVar("Error", bound=ssl.SSLError)
+
+
+def _made(kind: type[Error], code: int, text: str, reason: str | None = None) -> Error:
+    error = kind(code, text)
+    told: Any = error  # of Python's own, reason and library may be None
+    told.reason, told.library = reason, "SSL" if reason else None
+    return error
+
+
+def _want_read() -> ssl.SSLError:
+    return _made(ssl.SSLWantReadError, ssl.SSL_ERROR_WANT_READ, "The operation did not complete (read)")
 
 
 def unverified(code: int, name: str | None) -> ssl.SSLCertVerificationError:
@@ -288,8 +298,7 @@ def unverified(code: int, name: str | None) -> ssl.SSLCertVerificationError:
         lib.X509_V_ERR_IP_ADDRESS_MISMATCH: f"IP address mismatch, certificate is not valid for '{name}'.",
     }.get(code) or _text(lib.X509_verify_cert_error_string(code))
     text = f"[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: {told}"
-    error = ssl.SSLCertVerificationError(ssl.SSL_ERROR_SSL, text)
-    error.library, error.reason = "SSL", "CERTIFICATE_VERIFY_FAILED"
+    error = _made(ssl.SSLCertVerificationError, ssl.SSL_ERROR_SSL, text, "CERTIFICATE_VERIFY_FAILED")
     error.verify_code, error.verify_message = code, told
     return error
 
