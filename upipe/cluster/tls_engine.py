@@ -44,6 +44,7 @@ def about() -> str:
 def fault() -> str:
     """What this pyOpenSSL lacks of what is used here beside its documented interface; "" when nothing."""
     missing = [name for name in NEEDED if not hasattr(lib, name)]
+    missing += [] if hasattr(SSL.Context, "clear_mode") else ["Context.clear_mode (25.2 has it)"]
     if missing:
         return f"pyOpenSSL has no {', '.join(missing)}"
     one = SSL.Connection(SSL.Context(SSL.TLS_METHOD))
