@@ -110,6 +110,7 @@ class FastContext(ssl.SSLContext):
 def _prepared(chain: bytes, key: bytes, trusted: tuple[bytes, ...], strict: bool) -> SSL.Context:
     context = SSL.Context(SSL.TLS_METHOD)
     context.set_min_proto_version(SSL.TLS1_3_VERSION)
+    context.set_cipher_list(b"DEFAULT@SECLEVEL=2")  # of keys and signatures, as Python; 1.3 has its own ciphers
     context.clear_mode(lib.SSL_MODE_ENABLE_PARTIAL_WRITE)  # else SSL_write returns after each record
     # No session outlives its connection: there is no cache, and without tickets a client gets a number of one at most.
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)

@@ -50,6 +50,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.out = memoryview(bytearray(ROOM))
         """For records on their way to `outgoing`."""
+        self.out_memory = ffi.from_buffer(self.out, require_writable=True)  # holds it, as long as this lives
         self.plain = memoryview(bytearray(RECORD))
         """For what is read without a buffer."""
 
@@ -128,12 +129,10 @@ class FastRecords:
 
     def _flush(self) -> None:
         """Pass on what it wrote: records, alerts, key updates. After each call that may write, so little is there."""
-        room = _thread.out
-        with ffi.from_buffer(room, require_writable=True) as memory:
-            while (count := lib.BIO_read(self._from, memory, ROOM)) > 0:
-                self._outgoing.write(room[:count])
-                if count < ROOM:
-                    break
+        while (count := lib.BIO_read(self._from, _thread.out_memory, ROOM)) > 0:
+            self._outgoing.write(_thread.out[:count])
+            if count < ROOM:
+                break
 
     def _run(self, call: Callable[..., int], *arguments: Any) -> int:
         """One call, as far as it gets with what came; the result is above 0.
@@ -205,7 +204,7 @@ class FastRecords:
             room = room[:length] if length > 0 else room
         got = self.take(room, one=buffer is None)
         if not got and room and not self._ended:
-            raise self._failure or _want_read()
+            raise _again(self._failure) if self._failure else _want_read()
         return bytes(room[:got]) if buffer is None else got
 
     def take(self, buffer: memoryview, one: bool = False) -> int:
@@ -213,15 +212,17 @@ class FastRecords:
         size, got = min(len(buffer), MOST), 0
         if not size or self._failure is not None:
             return 0
-        read, handle = lib.SSL_read, self._ssl
+        read, handle, into, where = lib.SSL_read, self._ssl, self._into, self._where
         with ffi.from_buffer(buffer, require_writable=True) as memory:
             lib.ERR_clear_error()
+            if self._incoming.pending:
+                self._feed()
             while got < size:
                 count = read(handle, memory + got, size - got)
                 if count > 0:
                     got += count
-                    if one:
-                        break
+                    if one or not (lib.BIO_get_mem_data(into, where) or self._incoming.pending):
+                        break  # it never reads ahead: no other record is there, and to hear that from it costs 1 us
                 elif lib.SSL_get_error(handle, count) != lib.SSL_ERROR_WANT_READ:
                     self._over(count)
                     break
@@ -285,6 +286,13 @@ def _made(kind: type[Error], code: int, text: str, reason: str | None = None) ->
     told: Any = error  # of Python's own, reason and library may be None
     told.reason, told.library = reason, "SSL" if reason else None
     return error
+
+
+def _again(error: ssl.SSLError) -> ssl.SSLError:
+    """A copy: what was raised keeps the frames that it passed, and with them the caller's buffer."""
+    copy = type(error)(*error.args)
+    copy.__dict__.update(error.__dict__)
+    return copy
 
 
 def _want_read() -> ssl.SSLError:
