@@ -38,13 +38,15 @@ def choose(own: tuple[int, ...], flags: frozenset[str]) -> Choice:
     if not flags >= FLAGS:
         return _python("this processor has no AES of AVX-512, for which alone another is faster")
     try:
-        from upipe.cluster import tls_engine  # its import takes 20 ms, and needs pyOpenSSL
-    except (ImportError, AttributeError) as error:
-        return _python(f"pyOpenSSL cannot be used: {error}")
+        from upipe.cluster import tls_engine  # its import takes time, and needs pyOpenSSL
+
+        fault = tls_engine.fault()
+    except Exception as error:  # whatever it is: it is no part of its documented interface that is looked at
+        return _python(f"pyOpenSSL cannot be used: {type(error).__name__}: {error}")
+    if fault:
+        return _python(fault)
     if tls_engine.version() < FAST:
         return _python("that of cryptography is as old")
-    if fault := tls_engine.fault():
-        return _python(fault)
     told = f"{tls_engine.about()} of cryptography: it has the AES of AVX-512, which {ssl.OPENSSL_VERSION} has not"
     return Choice(told, tls_engine.FastContext)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from OpenSSL import SSL, crypto
 
@@ -73,7 +74,7 @@ class FastContext(ssl.SSLContext):
         if cafile is not None or capath is not None or not isinstance(cadata, str):
             raise ssl.SSLError(ssl.SSL_ERROR_SSL, "CAs are taken as cadata in PEM only")
         super().load_verify_locations(cadata=cadata)
-        self._trusted = *self._trusted, cadata.encode("ascii")
+        self._trusted = tuple(dict.fromkeys((*self._trusted, cadata.encode("ascii"))))
 
     def load_cert_chain(self, certfile: Any, keyfile: Any = None, password: Any = None) -> None:
         """As of SSLContext, of two files: what the next connections show and trust; those that run go on."""
@@ -82,7 +83,7 @@ class FastContext(ssl.SSLContext):
         try:
             chain, key = Path(certfile).read_bytes(), Path(keyfile or certfile).read_bytes()
             self._shown = _prepared(chain, key, self._trusted, strict)
-        except (SSL.Error, crypto.Error, ValueError, TypeError) as error:
+        except (SSL.Error, crypto.Error, UnsupportedAlgorithm, ValueError, TypeError) as error:
             raise ssl.SSLError(ssl.SSL_ERROR_SSL, f"OpenSSL of cryptography: {error}") from None
 
     def wrap_bio(

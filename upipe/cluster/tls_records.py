@@ -9,7 +9,7 @@ Who owns what there:
 - The SSL object owns both BIOs, its Connection owns it, and a FastRecords keeps the Connection: so the three pointers
   are valid as long as the FastRecords lives. Nobody ever replaces a BIO.
 - C sees memory of Python only inside `with ffi.from_buffer(...)`, which keeps its owner alive and its size fixed;
-  OpenSSL keeps no pointer to it after a call. What C writes to is demanded writable.
+  OpenSSL uses no pointer to it after a call. What C writes to is demanded writable.
 - A connection belongs to one thread, as of ssl; calls let other threads run, so the rooms are each thread's own.
 
 Rejected: BIO_new_mem_buf over what came (a copy less, 0.01 s/GB, for a BIO that dangles when one forgets its bytes);
