@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import random
 import ssl
 import threading
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 import uvloop
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from tests.cluster.engines import ENGINES, use
 from tests.cluster.secure_support import CLIENT, NODE, OTHER, SECRET
@@ -217,6 +220,26 @@ def test_a_failed_handshake_is_told_as_by_python(
     found = told(engines)
     assert found == told(("python", "python"))
     assert any(isinstance(one, tuple) and one != WANTS for one in found)
+
+
+@pytest.mark.parametrize("engines", PAIRS, ids="-".join)
+@pytest.mark.parametrize("forger", [0, 1], ids=["server", "client"])
+def test_a_forged_signature_is_told_as_by_python(
+    forger: int, engines: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    issued = [tls.issue(SECRET, SERVER), tls.issue(SECRET, CLIENT)]
+    der = bytearray(x509.load_pem_x509_certificate(issued[forger].certificate).public_bytes(Encoding.DER))
+    der[-3] ^= 1
+    forged = x509.load_der_x509_certificate(bytes(der)).public_bytes(Encoding.PEM)
+    issued[forger] = dataclasses.replace(issued[forger], certificate=forged)
+
+    def told(engines: tuple[str, str]) -> Any:
+        return shake(*ends(*contexts(engines, monkeypatch, *issued)))
+
+    found = told(engines)
+    assert found == told(("python", "python"))
+    if not forger:
+        assert found[0][2] == 7  # X509_V_ERR_CERT_SIGNATURE_FAILURE
 
 
 @pytest.mark.parametrize("engine", ENGINES)

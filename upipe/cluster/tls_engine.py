@@ -21,7 +21,7 @@ from upipe.cluster.tls_records import FastRecords, NotAName, ffi, lib
 
 NEEDED = (
     "BIO_get_mem_data", "BIO_read", "BIO_set_mem_eof_return", "BIO_write", "ERR_GET_REASON", "ERR_clear_error",
-    "ERR_peek_error", "ERR_reason_error_string", "SSL_MODE_ENABLE_PARTIAL_WRITE", "SSL_OP_NO_RENEGOTIATION",
+    "ERR_get_error", "ERR_reason_error_string", "SSL_MODE_ENABLE_PARTIAL_WRITE", "SSL_OP_NO_RENEGOTIATION",
     "SSL_R_UNEXPECTED_EOF_WHILE_READING", "SSL_do_handshake", "SSL_get0_param", "SSL_get_error", "SSL_get_shutdown",
     "SSL_get_verify_result", "SSL_pending", "SSL_read", "SSL_shutdown", "SSL_write",
     "X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS", "X509_VERIFY_PARAM_set1_host", "X509_VERIFY_PARAM_set1_ip",

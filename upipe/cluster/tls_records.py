@@ -154,10 +154,9 @@ class FastRecords:
     def _error(self, result: int) -> ssl.SSLError:
         """As _ssl.c words it."""
         code = lib.SSL_get_error(self._ssl, result)
-        queued = lib.ERR_peek_error()
-        lib.ERR_clear_error()
         if code == lib.SSL_ERROR_WANT_READ:
             return _want_read()
+        queued = _queued()
         if code == lib.SSL_ERROR_ZERO_RETURN:
             text = "TLS/SSL connection has been closed (EOF)"
             return _made(ssl.SSLZeroReturnError, ssl.SSL_ERROR_ZERO_RETURN, text)
@@ -276,6 +275,16 @@ class FastRecords:
 
     def selected_alpn_protocol(self) -> None:
         """None: none is offered."""
+
+
+def _queued() -> int:
+    """The error of a call, 0: none. The last is what TLS says; before it may stand what those say that it called. But
+    OpenSSL 3.2 and newer put after it that it was in the record layer."""
+    found = 0
+    while one := lib.ERR_get_error():
+        if not found or _text(lib.ERR_reason_error_string(one)) != "record layer failure":
+            found = one
+    return found
 
 
 Error = TypeVar("Error", bound=ssl.SSLError)
