@@ -17,6 +17,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.cluster.engines import ENGINES, use
 from tests.cluster.secure_support import CLIENT, NODE, OTHER, SECRET, STATUS, Echo, Running, running
 from upipe.cluster import messages, routes, tls, token, wire
 from upipe.cluster.client import Client, Target, told
@@ -74,11 +75,13 @@ IMPOSTERS: dict[str, tuple[Callable[[], ssl.SSLContext | None], str]] = {
 }
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("upgrade", [False, True], ids=["request", "upgrade"])
 @pytest.mark.parametrize(("context", "said"), IMPOSTERS.values(), ids=IMPOSTERS.keys())
 async def test_who_is_not_proven_hears_no_token(
-    context: Callable[[], ssl.SSLContext | None], said: str, upgrade: bool
+    context: Callable[[], ssl.SSLContext | None], said: str, upgrade: bool, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    use(engine, monkeypatch)
     async with imposter(context(), b"HTTP/1.1 200 OK\r\n\r\n") as (port, heard), dialling(port) as client:
         with pytest.raises(NodeUnproven, match=said):
             await (client.upgrade(routes.MIRROR, Echo(), mirror="m") if upgrade else client.call(routes.NODE))
@@ -99,7 +102,11 @@ def test_what_is_no_host_is_never_dialled(host: str) -> None:
         Target("localhost", 7420, host)
 
 
-async def test_a_client_shows_its_new_certificate(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_a_client_shows_its_new_certificate(
+    tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(engine, monkeypatch)
     async with running(tmp_path) as node:
         old = tls.issue(SECRET, CLIENT, now=NOW - timedelta(days=9))
         async with Client(Target("127.0.0.1", node.port, NODE), SECRET, old) as client:

@@ -47,6 +47,11 @@ def test_all_is_well() -> None:
     }  # fmt: skip
 
 
+def test_what_encrypts_is_shown() -> None:
+    [one] = [one for one in examine(WANTED, replace(WELL, encryption="OpenSSL 9"), NOW) if one.check == "encryption"]
+    assert (one.level, one.what) == ("ok", "OpenSSL 9")
+
+
 @pytest.mark.parametrize(("memory", "level", "said"), [
     (Memory("/dev/shm", fault="not mounted"), "problem", "not mounted"),
     (Memory("/dev/shm", 64 << 20, 10 << 20), "problem", "only 10 MiB free of 64"),

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.cluster.engines import ENGINES, use
 from upipe.cluster import tls
-from upipe.cluster.inlet import GATHERED, MARGIN, RECORD, SWIFT, Gathering, TlsRecords
+from upipe.cluster.inlet import GATHERED, MARGIN, RECORD, SWIFT, Gathering, Takes
 from upipe.cluster.token import Secret
 
 NODE = tls.Identity("node", "1" * 16)
@@ -22,7 +23,7 @@ NODE = tls.Identity("node", "1" * 16)
 class Wire:
     """Two ends, and what is on its way to the reading one."""
 
-    reads: TlsRecords
+    reads: Any
     writes: ssl.SSLObject
     arrived: ssl.MemoryBIO
     sent: ssl.MemoryBIO
@@ -31,8 +32,9 @@ class Wire:
         self.arrived.write(self.sent.read(count))
 
 
-@pytest.fixture
-def wire() -> Wire:
+@pytest.fixture(params=ENGINES)
+def wire(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Wire:
+    use(request.param, monkeypatch)
     credentials = tls.issue(Secret(bytes(32)), NODE)
     name = credentials.expected("", NODE.id)
     arrived, sent, back, heard = (ssl.MemoryBIO() for _ in range(4))
@@ -48,7 +50,7 @@ def wire() -> Wire:
                 pass
             arrived.write(sent.read())
             heard.write(back.read())
-    assert isinstance(reads, TlsRecords)
+    assert isinstance(reads, Takes)
     return Wire(reads, writes, arrived, sent)
 
 

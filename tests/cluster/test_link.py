@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from tests.cluster.engines import ENGINES, use
 from tests.cluster.linking import server
 from tests.cluster.secure_support import NODE, Running, running
 from tests.cluster.test_mirror import Pair, balanced, emit, everything, mixed, same, until
@@ -69,7 +70,11 @@ async def test_a_mirror_flows_over_an_upgraded_connection_whoever_dialled(tmp_pa
     pair.close()
 
 
-async def test_frames_of_more_than_a_chunk_and_small_ones_between_them_arrive_over_tls(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_frames_of_more_than_a_chunk_and_small_ones_between_them_arrive_over_tls(
+    tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(engine, monkeypatch)
     pair, values = Pair(8 << 20), [value for n in range(6) for value in (bytes((n,)) * (n * 600_000 + 1), n, "x" * n)]
     copy = pair.fresh_copy()
     async with linking(tmp_path, lambda link: link.add(pair.mirror_sink())) as node:
@@ -83,7 +88,11 @@ async def test_frames_of_more_than_a_chunk_and_small_ones_between_them_arrive_ov
     pair.close()
 
 
-async def test_the_end_is_heard_when_it_comes_right_behind_a_record(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_the_end_is_heard_when_it_comes_right_behind_a_record(
+    tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(engine, monkeypatch)
     accepted: list[Link] = []
     async with linking(tmp_path, accepted.append) as node:
         link = await dial(node)

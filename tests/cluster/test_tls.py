@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.x509.oid import NameOID
 
+from tests.cluster.engines import ENGINES, use
 from tests.cluster.secure_support import CLIENT, NODE, OTHER, SECRET
 from upipe.cluster import tls
 from upipe.errors import CertificateError
@@ -25,6 +26,13 @@ from upipe.settings import Certificates
 NOW = datetime.now(UTC)
 SERVER = tls.Identity("node", NODE)
 DAY = timedelta(days=1)
+
+
+@pytest.fixture(params=ENGINES, autouse=True)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test with each OpenSSL."""
+    use(request.param, monkeypatch)
+    return str(request.param)
 
 
 def handshake(server: tls.Credentials, client: tls.Credentials | None, node: str = NODE, host: str = "h") -> Any:

@@ -54,6 +54,8 @@ From outside
     jobs.py          submitted scripts                     job_process.py  the process beside a script
 Security and HTTP
     token.py         the one secret, what is derived       tls.py          CA, certificates, who is who
+    tls_choice.py    which OpenSSL encrypts                tls_engine.py   contexts of another than Python's
+    tls_records.py   their connections
     wire.py          bodies of requests and answers        routes.py       THE table of routes
     guard.py         may this request go in? (pure)        listen.py       sockets, how many strangers
     server.py        guard, table, handlers                client.py       asking

@@ -104,6 +104,8 @@ class Seen:
     version: str
     """Of uPipe here."""
     layout: int
+    encryption: str = ""
+    """Which OpenSSL this process encrypts with, and why."""
     certificate: Certificate | None = None
     multicast: Mapping[str, str] = field(default_factory=dict)
     """By interface: "" when a datagram to the mDNS group came back, or what went wrong."""
@@ -130,6 +132,7 @@ def examine(wanted: Wanted, seen: Seen, now: datetime) -> list[Finding]:
         descriptors(seen.descriptors),
         token(seen.token),
         *([certificate(seen.certificate, now)] if seen.certificate else []),
+        *([Finding("encryption", "ok", seen.encryption, "this host")] if seen.encryption else []),
         port(wanted, seen.port, seen.agent),
         *multicast(wanted, seen),
         *(finding for one in seen.peers for finding in peer(wanted, one, seen)),

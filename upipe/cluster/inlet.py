@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 RECORD = 1 << 14
 """Most bytes of a TLS record."""
@@ -21,6 +21,14 @@ MARGIN = 1 << 15
 """Bytes that must come beyond them: some of what is to come may be here already, as the first half of a TLS record."""
 SWIFT = 0.02
 """Seconds in which a large record came when the next one is gathered: so nothing waits much longer than this."""
+
+
+@runtime_checkable
+class Takes(Protocol):
+    """A TLS connection that gives what is there beside its transport: TlsRecords, or tls_engine.FastRecords."""
+
+    def take(self, buffer: memoryview) -> int:
+        """Fill the buffer with what is there already. Less: there is no more, or the event loop will find out why."""
 
 
 class TlsRecords(ssl.SSLObject):

@@ -14,7 +14,7 @@ import itertools
 from collections import deque
 from typing import Protocol, cast
 
-from upipe.cluster.inlet import Gathering, TlsRecords
+from upipe.cluster.inlet import Gathering, Takes
 from upipe.cluster.outlet import Outlet, PlainOutlet, TlsOutlet
 from upipe.cluster.pulse import Beat, Pulse
 from upipe.cluster.records import (
@@ -92,7 +92,7 @@ class Link(asyncio.BufferedProtocol):
         self._ready: deque[Endpoint] = deque()
         """Who wants a turn; each at most once."""
         self._outlet: Outlet | None = None
-        self._tls: TlsRecords | None = None
+        self._tls: Takes | None = None
         """What it reads from beside the transport."""
         self._gathering: Gathering | None = None
         self._lost = False
@@ -173,7 +173,7 @@ class Link(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
         self._gathering = Gathering(transport)
         tls = transport.get_extra_info("ssl_object")
-        if isinstance(tls, TlsRecords):  # later: first comes what was read together with the 101
+        if isinstance(tls, Takes):  # later: first comes what was read together with the 101
             self._loop.call_soon(setattr, self, "_tls", tls)
         if tls is None:  # the outlet begins when nothing of the 101 waits in the transport: order is kept
             self._transport.set_write_buffer_limits(high=1)
@@ -263,7 +263,7 @@ class Link(asyncio.BufferedProtocol):
         if self._tls is not None and count == self._asked:
             self._take_rest(self._tls)
 
-    def _take_rest(self, tls: TlsRecords) -> None:
+    def _take_rest(self, tls: Takes) -> None:
         """What came with it over TLS."""
         while not self._why:
             room = self._place()

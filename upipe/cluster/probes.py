@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upipe import __version__
-from upipe.cluster import listen, routes, tls, token
+from upipe.cluster import listen, routes, tls, tls_choice, token
 from upipe.cluster.client import Client, Target
 from upipe.cluster.doctor import Certificate, Memory, Peer, Seen, Token, Wanted
 from upipe.cluster.guard import exposed, may_listen
@@ -56,7 +56,8 @@ class SystemProbes:
         return Seen(
             memory=self.memory(), descriptors=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             port=fault, agent=agent, token=shown, version=__version__, layout=LAYOUT_VERSION,
-            certificate=certificate, multicast=multicast, heard=frozenset(one.node_id for one in heard),
+            certificate=certificate, encryption=tls_choice.chosen().told, multicast=multicast,
+            heard=frozenset(one.node_id for one in heard),
             unheard=self.unheard(peers, heard), peers=tuple(peers),
         )  # fmt: skip
 

@@ -30,6 +30,7 @@ from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from upipe.cluster import tls_choice
 from upipe.cluster.inlet import TlsRecords
 from upipe.cluster.token import Secret
 from upipe.errors import CertificateError, OptionInvalid
@@ -289,34 +291,42 @@ greeting: ContextVar[Greeting | None] = ContextVar("greeting", default=None)
 """Of the handshake that runs in this context."""
 
 
-class _Telling(TlsRecords):
+class _Telling:
     """A handshake whose failure reaches the peer: OpenSSL words an alert ("certificate expired"), and both asyncio and
     uvloop throw it away with the connection when do_handshake() raises. So it asks for more to read first, at which
-    they send what there is to send, and the peer, which knows why now, ends the connection itself."""
+    they send what there is to send, and the peer, which knows why now, ends the connection itself.
 
-    _failure: ssl.SSLError | None = None
+    Mixed into the connections of either OpenSSL."""
+
+    _refused: ssl.SSLError | None = None
     _calls = 0
 
     def do_handshake(self) -> None:
         """As SSLObject's."""
-        if self._failure is not None:
+        if self._refused is not None:
             self._calls += 1
             if self._calls < MOST_AFTER_ALERT:
                 raise ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "the peer is told")
-            raise self._failure
+            raise self._refused
         try:
-            super().do_handshake()
+            super().do_handshake()  # type: ignore[misc]
         except ssl.SSLCertVerificationError as error:
-            self._failure = error
+            self._refused = error
             if (one := greeting.get()) is not None:
                 one.failure = error
             raise ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "the peer is told") from None
 
 
+@cache
+def _telling(records: Any) -> Any:
+    return type("Telling", (_Telling, records), {})
+
+
 def server_context(credentials: Credentials) -> ssl.SSLContext:
     """For a node's port. Who shows a certificate is checked; who shows none is a browser or a stranger (guard.py)."""
     context = _context(ssl.PROTOCOL_TLS_SERVER, credentials)
-    context.sslobject_class = _Telling
+    name = "fast_class" if hasattr(context, "fast_class") else "sslobject_class"
+    setattr(context, name, _telling(getattr(context, name)))
     context.verify_mode = ssl.CERT_OPTIONAL
     context.num_tickets = 0
     return context
@@ -331,7 +341,7 @@ def client_context(credentials: Credentials) -> ssl.SSLContext:
 
 
 def _context(protocol: int, credentials: Credentials) -> ssl.SSLContext:
-    context = ssl.SSLContext(protocol)
+    context = tls_choice.chosen().context(protocol)
     context.sslobject_class = TlsRecords
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_verify_locations(cadata=credentials.ca.decode("ascii"))
