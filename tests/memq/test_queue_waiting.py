@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import operator
 import os
 import signal
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from tests.memq.helpers import (
     until,
     waiting,
 )
+from upipe.memq._ring import Ring
 from upipe.memq.queue import Empty, Full, MemQ
 
 # ---------------------------------------------------------------- threads
@@ -133,6 +137,38 @@ def test_a_signal_handler_that_raises_in_the_main_thread_leaves_the_handle_usabl
         signal.signal(signal.SIGALRM, old)
     q.put(1)
     assert q.get() == 1
+
+
+@pytest.mark.parametrize("what", ["get", "put"])
+@pytest.mark.parametrize("supervised", [False, True])
+def test_a_signal_that_comes_between_the_last_look_and_the_sleep_is_not_slept_through(queue, what, supervised):
+    """It has set a flag of Python by then, and interrupts no system call. Nothing of Python's own runs between the two
+    calls below, so the flag is set when the second begins."""
+    q = queue(4096, supervised=supervised)
+    q.never_end()
+    while what == "put" and q.send(b"x" * 64):
+        pass
+
+    class Interrupted(Exception):
+        pass
+
+    def raises(*_):
+        raise Interrupted
+
+    def wait(seconds):
+        return partial(Ring.get, q, True, seconds) if what == "get" else partial(Ring.put, q, 1, True, seconds)
+
+    for _ in range(20):  # it has a doorbell then, whose making runs Python, and naps
+        with pytest.raises((Empty, Full)):
+            wait(0.001)()
+    flag = partial(ctypes.pythonapi.PyErr_SetInterruptEx, int(signal.SIGUSR1))
+    old = signal.signal(signal.SIGUSR1, raises)
+    try:
+        with pytest.raises(Interrupted):
+            list(map(operator.call, (flag, wait(5.0))))
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert q.bell(what == "put").sleepers == 0
 
 
 def test_a_signal_without_exception_does_not_end_a_wait(queue):
