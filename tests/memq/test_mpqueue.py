@@ -542,14 +542,22 @@ def test_join_is_woken_by_another_process_and_can_be_interrupted(make, child):
     end(p)
     q.put(1)
 
+    ready = FORK.Event()
+
+    def once(*_):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the next one may come before the exit
+        raise KeyboardInterrupt
+
     def waits():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
+            signal.signal(signal.SIGINT, once)
+            ready.set()
             q.join()
         except KeyboardInterrupt:
             os._exit(3)
 
     p = child(waits)
+    assert ready.wait(60)
     until(lambda: "futex" in open_text(f"/proc/{p.pid}/wchan") or open_text(f"/proc/{p.pid}/stat").split()[2] == "S")
     while p.is_alive():
         os.kill(p.pid, signal.SIGINT)
