@@ -11,7 +11,7 @@ from upipe import MemQ
 from upipe.errors import EndOfStream
 from upipe.runtime.gathered import Gathered
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture
