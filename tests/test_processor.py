@@ -435,16 +435,21 @@ async def test_gets_and_emits_may_become_tasks_whether_they_are_done_or_not() ->
     assert (await collect(chain(numbers(100), Processor("w", work))))[0] == list(range(100))
 
 
-async def test_fan_in_is_fair_over_the_inputs() -> None:
+async def test_fan_in_is_fair_over_the_inputs(tmp_path: Path) -> None:
+    filled = tmp_path / "many", tmp_path / "few"
+
     def many() -> Any:
         yield from ["many"] * 2000
+        filled[0].touch()
 
     def few() -> Any:
         yield from ["few"] * 50
+        filled[1].touch()
 
     async def slow() -> None:
         me = await Processor("in").connect()
-        await asyncio.sleep(0.3)  # both queues fill
+        while not all(one.exists() for one in filled):
+            await asyncio.sleep(0.005)
         async for value in me:
             await me.emit(value)
 
