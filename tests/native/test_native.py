@@ -30,7 +30,7 @@ BUILDS = {
     "address": ["-O1", "-DKILL_AT_POINTS", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800 if LONG else 120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800 if LONG else 400)]
 
 
 def missing(what: str) -> None:
@@ -67,7 +67,7 @@ def run(program: Path, *arguments: object) -> str:
     if "thread" in program.name and shutil.which("setarch"):
         command = ["setarch", "-R", *command]  # its shadow memory needs the addresses that full randomization uses
     place = {**os.environ, "TMPDIR": str(program.parent)}  # what a failed run leaves is pytest's to remove
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1700 if LONG else 100, env=place)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1700 if LONG else 300, env=place)
     print(done.stdout)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
