@@ -789,7 +789,7 @@ def test_run_works_in_a_script_and_inside_a_running_loop_with_types_of_main(tmp_
         """
     ending = """
         async def cell():
-            print(pipe.run(timeout=30).edges[0].finished)
+            print(pipe.run(timeout=100).edges[0].finished)
         asyncio.run(cell())
-        """ if notebook else "        print(pipe.run(timeout=30).edges[0].finished)\n"
+        """ if notebook else "        print(pipe.run(timeout=100).edges[0].finished)\n"
     assert program(tmp_path, textwrap.dedent(text) + textwrap.dedent(ending)).strip() == "10"

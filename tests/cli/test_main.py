@@ -65,7 +65,7 @@ def holder(root: Path) -> Iterator[subprocess.Popen[str]]:
 def upipe(*arguments: str) -> str:
     """Run the command as a process of its own; what it printed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*UPIPE, *arguments], env=environment, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([*UPIPE, *arguments], env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout

@@ -111,7 +111,7 @@ def holder(q: MemQ, child):
         signal.pause()
 
     process = child(takes)
-    assert holds.wait(20)
+    assert holds.wait(60)
     return process
 
 
