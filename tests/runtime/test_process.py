@@ -179,14 +179,14 @@ def test_kill_session() -> None:
 
 
 def test_no_process_to_be_had() -> None:
-    """Under RLIMIT_NPROC (not for root, so as another user) the fork is refused, and said so."""
+    """Under RLIMIT_NPROC (not for root, so as another user) the fork is refused, and said so. The limit counts all
+    processes of a user: of one who has no others."""
     code = """
 import os, resource, select, sys
-from tests.support import crowded
 from upipe.runtime import messages
 from upipe.runtime.messages import Refused, Spawn
 from upipe.runtime.process import ForkServer
-os.setgroups([]); os.setgid(65534); os.setuid(65534)
+os.setgroups([]); os.setgid(65534); os.setuid(int(sys.argv[2]))
 os.environ["UPIPE_SHM"] = sys.argv[1]
 resource.setrlimit(resource.RLIMIT_NPROC, (3, 3))
 server = ForkServer("fork")
@@ -203,7 +203,7 @@ server.close()
     if os.getuid() != 0:
         pytest.skip("needs root to become another user")
     done = subprocess.run(
-        [sys.executable, "-c", code, f"/dev/shm/upipe-test-nobody-{os.getpid()}"],
+        [sys.executable, "-c", code, f"/dev/shm/upipe-test-nobody-{os.getpid()}", str(1_000_000 + os.getpid())],
         capture_output=True,
         text=True,
         timeout=60,
