@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from upipe import Pipe, Processor, Report, RestartPolicy, Settings
 
 DEADLINE = 60.0
 QUICK = RestartPolicy(limit=0, backoff=0.01, backoff_max=0.05)
+
+
+def crowded() -> float:
+    """How many times as long as on an idle machine something may take now: other work on it is no fault of ours."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def free_port() -> int:
+    """One that the kernel gives to nobody who did not ask for it."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in range(lowest - 1, 1024, -1):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port is free")
 
 
 def chain(*processors: Processor, **settings: Any) -> Pipe:

@@ -435,16 +435,21 @@ async def test_gets_and_emits_may_become_tasks_whether_they_are_done_or_not() ->
     assert (await collect(chain(numbers(100), Processor("w", work))))[0] == list(range(100))
 
 
-async def test_fan_in_is_fair_over_the_inputs() -> None:
+async def test_fan_in_is_fair_over_the_inputs(tmp_path: Path) -> None:
+    filled = tmp_path / "many", tmp_path / "few"
+
     def many() -> Any:
         yield from ["many"] * 2000
+        filled[0].touch()
 
     def few() -> Any:
         yield from ["few"] * 50
+        filled[1].touch()
 
     async def slow() -> None:
         me = await Processor("in").connect()
-        await asyncio.sleep(0.3)  # both queues fill
+        while not all(one.exists() for one in filled):
+            await asyncio.sleep(0.005)
         async for value in me:
             await me.emit(value)
 
@@ -784,7 +789,7 @@ def test_run_works_in_a_script_and_inside_a_running_loop_with_types_of_main(tmp_
         """
     ending = """
         async def cell():
-            print(pipe.run(timeout=30).edges[0].finished)
+            print(pipe.run(timeout=100).edges[0].finished)
         asyncio.run(cell())
-        """ if notebook else "        print(pipe.run(timeout=30).edges[0].finished)\n"
+        """ if notebook else "        print(pipe.run(timeout=100).edges[0].finished)\n"
     assert program(tmp_path, textwrap.dedent(text) + textwrap.dedent(ending)).strip() == "10"

@@ -68,6 +68,6 @@ def test_both_end_with_it(begin, tmp_path, how):
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.02)
     process.send_signal(how)
-    out, _ = process.communicate(timeout=30)  # the end of their output: neither runs any more
+    out, _ = process.communicate(timeout=60)  # the end of their output: neither runs any more
     assert process.returncode == (-9 if how == signal.SIGKILL else 128 + how)
     assert how == signal.SIGKILL or out.count("no tests ran") == 2, out

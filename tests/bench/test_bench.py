@@ -23,6 +23,8 @@ from benchmark.model import Outcome, Work  # noqa: E402
 from benchmark.peers import PEERS, Peer, find  # noqa: E402
 from benchmark.tally import Source, Tally  # noqa: E402
 
+from tests.support import crowded  # noqa: E402
+
 SMALL = next(case for case in cases.CASES if case.name == "small")
 OURS = Peer("upipe.put", "x:Y", own=True)
 
@@ -203,7 +205,7 @@ def test_rounds_are_interleaved_and_everything_runs_once() -> None:
     assert len(set(asked)) == len(asked), "out of time: one round, and it is whole"
 
 
-def _measure(adapter: str, work: Work, timeout: float = 10, **more: Any) -> Outcome:
+def _measure(adapter: str, work: Work, timeout: float = 60, **more: Any) -> Outcome:
     return run.measure(Peer("x", adapter, **more), [work], timeout)[0]
 
 
@@ -238,7 +240,7 @@ def test_absent_failing_and_hanging_peers_say_so(tmp_path: Path, monkeypatch: py
     began = time.monotonic()
     hung = _measure("mp:Queue", Work("s", "idle", n=0, pause=60.0), timeout=1.0)
     assert hung.error == "failed: no end within 1 s"
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 6 * crowded()
 
 
 @pytest.mark.slow
@@ -267,7 +269,7 @@ def test_descendants_are_ended() -> None:
         "import os; assert len(processes.descendants(os.getpid())) == 2\n"
         "assert processes.end_descendants() >= 2 and not processes.descendants(os.getpid())\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=20)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
     me = os.getpid()
     assert processes.tree_seconds(me) > 0 and processes.tree_seconds(me, me) < processes.tree_seconds(me)
 
@@ -276,7 +278,7 @@ def test_descendants_are_ended() -> None:
 def test_limits_are_measured() -> None:
     found = limits.measure(["futex-one", "futex-two"], quick=True)
     assert set(found) == {"futex-one", "futex-two", "futex-busy-two"}  # on one CPU both are the same
-    assert all(0.5 < value < 5000 for value in found.values())
+    assert all(0.5 < value < 1e6 for value in found.values())
 
 
 @pytest.mark.slow

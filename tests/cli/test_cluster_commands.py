@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import stat
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.support import free_port
 from upipe.cli.main import main
 from upipe.cluster import token
 from upipe.cluster.doctor import Finding, Memory, Seen, Token, Wanted
@@ -110,8 +110,6 @@ def test_certificates_go_together(seen: list[Seen], tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_doctor_looks_at_this_machine(path: Path) -> None:
     invoke("token", "create")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    result = invoke("doctor", "--port", str(port), "--json")
+    result = invoke("doctor", "--port", str(free_port()), "--json")
     levels = {one["check"]: one["level"] for one in json.loads(result.output)}
     assert levels["token"] == levels["port"] == "ok" and "multicast" in levels

@@ -19,7 +19,7 @@ def node(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "upipe.cli.node", "--data-dir", str(folder / "data"), "--token-file",
          str(folder / "token"), "--no-multicast", *options],
-        capture_output=True, text=True, timeout=30, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=100, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.cluster.connections import all_closed, connections
 from upipe.cluster import tls, wire
 from upipe.cluster.agent import Agent
 from upipe.cluster.client import Client, Target
@@ -26,6 +27,8 @@ from upipe.graph.spec import EdgeSpec, PipeSpec, ProcessorSpec
 from upipe.settings import Place
 
 SECRET = Secret(bytes(range(32)))
+LONGEST = 60.0
+"""Seconds to wait for what comes in one, on a busy machine: only to end a test that hangs."""
 CLIENT = tls.Identity("client", "00000000000000cc")
 SPEC = PipeSpec(
     "words",
@@ -253,6 +256,7 @@ async def start(
 async def running(folder: Path, *names: str, **options: Any) -> AsyncIterator[list[Node]]:
     """Agents that know each other; those that a test replaced in the list are closed too."""
     nodes: list[Node] = []
+    before = connections()
     try:
         for name in names:
             nodes.append(await start(folder, name, *(node.seed for node in nodes[:1]), **options))
@@ -261,10 +265,10 @@ async def running(folder: Path, *names: str, **options: Any) -> AsyncIterator[li
     finally:
         for node in nodes:
             await node.kill()
-        await asyncio.sleep(0.05)  # TLS connections that were cut inside a handshake close some turns of the loop later
+        await all_closed(before)
 
 
-async def met(*nodes: Node, seconds: float = 5.0) -> None:
+async def met(*nodes: Node, seconds: float = LONGEST) -> None:
     """Until all know all."""
     ids = {node.id for node in nodes}
     await until(lambda: all(ids <= node.agent.neighbours.live().keys() for node in nodes), seconds)
@@ -286,7 +290,7 @@ class Room:
         self.changes += 1
 
 
-async def until(true: Callable[[], Any], seconds: float = 5.0) -> None:
+async def until(true: Callable[[], Any], seconds: float = LONGEST) -> None:
     """Look again and again, with a deadline."""
     async with asyncio.timeout(seconds):
         while not true():  # noqa: ASYNC110 (what is waited for is in many places)

@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 _PREFIX = "upipe-test-disk-"
-_DEADLINE = 20.0
+_DEADLINE = 60.0
 
 
 class SmallDisk:

@@ -134,7 +134,7 @@ class Faults:
     def _kill_program(self, fault: Fault) -> None:
         assert self.program is not None
         self.program.kill()
-        self.program.wait(10)
+        self.program.wait(60)
 
     def _kill_agent(self, fault: Fault) -> None:
         self.hosts.kill_agent(fault.host)
@@ -148,7 +148,7 @@ class Faults:
 
     def _kill_host(self, fault: Fault) -> None:
         self.hosts.kill_host(fault.host)
-        self.hosts.agents[fault.host].wait(10)
+        self.hosts.agents[fault.host].wait(60)
         time.sleep(fault.seconds)
         self.hosts.start_agent(fault.host)
 

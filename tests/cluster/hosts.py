@@ -53,16 +53,19 @@ def until(condition: Callable[[], object], seconds: float, what: str | Callable[
 
 
 @contextlib.contextmanager
-def hosts_of(count: int, directory: Path, traced: bool = False, small_disks: bool = False) -> Iterator[Hosts]:
+def hosts_of(
+    count: int, directory: Path, traced: bool = False, small_disks: bool = False, patient: bool = False
+) -> Iterator[Hosts]:
     """Hosts with one cluster's token, none started; at the end nothing of them is left.
 
     Args:
         traced: agents and programs write what they are told and say into trace-<host> (traced.py). With the agents'
             logs, keepers' directories, ledger and, when it fails, `evidence`, they stay in the directory.
         small_disks: the data directory of each host is a disk of its own that can be full (Hosts.disks).
+        patient: agents miss nobody who is away for as long as a start takes (patient.py).
     """
     with lan_of(count) as lan:
-        hosts = Hosts(lan, directory, traced)
+        hosts = Hosts(lan, directory, traced, patient)
         try:
             if small_disks:
                 hosts.disks.update({host: SmallDisk(hosts.data(host)) for host in range(count)})
@@ -77,9 +80,10 @@ def hosts_of(count: int, directory: Path, traced: bool = False, small_disks: boo
 class Hosts:
     """See above. Host i is labelled host=h<i>; the directory must be short enough for Unix sockets below it."""
 
-    def __init__(self, lan: Lan, directory: Path, traced: bool = False) -> None:
+    def __init__(self, lan: Lan, directory: Path, traced: bool = False, patient: bool = False) -> None:
         self.lan = lan
         self.traced = traced
+        self.program = "tests.cluster.patient" if patient else "upipe.cli.node"
         self.directory = directory
         self.agents: dict[int, subprocess.Popen[Any]] = {}
         self.disks: dict[int, SmallDisk] = {}
@@ -112,7 +116,7 @@ class Hosts:
         """Start one; it keeps its data directory."""
         with open(self.log(host), "ab") as log:
             self.agents[host] = self.lan.popen(
-                host, sys.executable, "-m", *self._traced(host, "node", ["upipe.cli.node"]),
+                host, sys.executable, "-m", *self._traced(host, "node", [self.program]),
                 "--cluster", "test", "--host", "0.0.0.0",
                 "--data-dir", str(self.data(host)), "--labels", f"host=h{host}", *options,
                 env=self.environment(host), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
@@ -291,9 +295,9 @@ class Hosts:
     def kill_agent(self, host: int) -> None:
         """kill -9 of the agent alone."""
         self.agents[host].kill()
-        self.agents[host].wait(10)
+        self.agents[host].wait(60)
 
-    def stop_agent(self, host: int, seconds: float = 40.0) -> None:
+    def stop_agent(self, host: int, seconds: float = 100.0) -> None:
         """SIGTERM, and its end."""
         self.agents[host].terminate()
         self.agents[host].wait(seconds)

@@ -29,7 +29,8 @@ from upipe.settings import RestartPolicy, Settings
 
 HERE = "1"
 SMALL = Settings(edge_bytes=1 << 20, sink_bytes=1 << 20, restart=RestartPolicy(limit=0, backoff=0.01))
-DEADLINE = 20.0
+DEADLINE = 60.0
+"""Seconds to wait for what comes in one, on a busy machine: only to end a test that hangs."""
 
 
 def one(name: str, kind: str = "map", workers: int = 1, **more: Any) -> ProcessorSpec:
@@ -162,7 +163,7 @@ class Held:
         segment.sweep()
 
 
-async def gone(pid: int, seconds: float = 10.0) -> None:
+async def gone(pid: int, seconds: float = DEADLINE) -> None:
     """Until a process is dead, zombie or not."""
     until = time.monotonic() + seconds
     while segment.process_state(pid) not in ("Z", "X", None):

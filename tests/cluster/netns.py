@@ -23,7 +23,8 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,22 @@ import pytest
 PREFIX = "upipe"
 NOBODY = "02:00:00:00:00:ff"
 _NETNS = Path("/run/netns")
-_DEADLINE = 20.0
+_DEADLINE = 60.0
+"""Seconds that a command may take, on a busy machine."""
+
+
+_RECEIVER = """
+import socket, sys
+address, seconds, group = sys.argv[1], float(sys.argv[2]), sys.argv[3]
+s = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+s.bind(("" if group else address, 7999))
+if group:
+    s.setsockopt(0, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(group) + socket.inet_aton(address))
+print("bound", flush=True)
+sys.stdin.readline()
+s.settimeout(seconds)
+print(s.recv(9))
+"""
 
 
 def why_not() -> str | None:
@@ -111,6 +127,22 @@ class Lan:
         process = subprocess.Popen(self.inside(host, *command), **kwargs)
         self._processes.append(process)
         return process
+
+    def receives(self, host: int, address: str, send: Callable[[], object], seconds: float, group: str = "") -> bool:
+        """Whether a datagram to port 7999 of a host arrives there, at most `seconds` after send() returned.
+
+        Args:
+            address: of the host.
+            send: sends it, and ends: the time for which is waited begins only then, however slow this machine is.
+            group: a multicast group that the receiver joins with the address.
+        """
+        receiver = self.popen(
+            host, sys.executable, "-c", _RECEIVER, address, str(seconds), group, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert receiver.stdout is not None and receiver.stdout.readline() == "bound\n"
+        send()
+        return receiver.communicate("sent\n", timeout=seconds + _DEADLINE)[0] != ""
 
     def processes(self, host: int) -> list[int]:
         """Pids of all that run there, in their order. Zombies are in no namespace."""

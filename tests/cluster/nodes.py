@@ -19,7 +19,7 @@ from typing import Any
 
 import cloudpickle
 
-from tests.cluster.agent_support import SECRET, token_file, until
+from tests.cluster.agent_support import LONGEST, SECRET, token_file, until
 from upipe.cluster import keeping, routes, wire
 from upipe.cluster.client import Client, Target
 from upipe.cluster.record import ENDED, Shipment
@@ -33,8 +33,9 @@ ROOT = Path(__file__).resolve().parents[2]
 class Nodes:
     """See above. Node i is labelled n<i>=yes."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, patient: bool) -> None:
         self.directory = directory
+        self.program = "tests.cluster.patient" if patient else "upipe.cli.node"
         self.token = token_file(directory)
         self.agents: dict[int, subprocess.Popen[Any]] = {}
 
@@ -50,7 +51,7 @@ class Nodes:
         seeds = [word for other in self.agents if other != node for word in ("--join", self.address(other))]
         with self.log(node).open("ab") as log:
             self.agents[node] = subprocess.Popen(
-                [sys.executable, "-m", "upipe.cli.node", "--port", "0", "--data-dir", str(self.data(node)),
+                [sys.executable, "-m", self.program, "--port", "0", "--data-dir", str(self.data(node)),
                  "--token-file", str(self.token), "--labels", f"n{node}=yes", "--no-multicast", *seeds, *options],
                 cwd=self.directory, env={**os.environ, "PYTHONPATH": str(ROOT)},
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL,
@@ -74,7 +75,7 @@ class Nodes:
         async with self.client(node) as client:
             return await client.call(route, body, **parameters)
 
-    async def met(self, *nodes: int, seconds: float = 10.0) -> None:
+    async def met(self, *nodes: int, seconds: float = LONGEST) -> None:
         """Until these know each other."""
 
         async def known(node: int) -> int:
@@ -105,7 +106,7 @@ class Nodes:
         found: wire.PipeInfo = await self.call(node, routes.PIPE, pipe=pipe)
         return found
 
-    async def ended(self, node: int, pipe: str, seconds: float = 60.0) -> wire.PipeInfo:
+    async def ended(self, node: int, pipe: str, seconds: float = LONGEST) -> wire.PipeInfo:
         """Until the pipe is over, and nothing of it is left."""
         async with asyncio.timeout(seconds):
             while True:
@@ -144,26 +145,26 @@ class Nodes:
     def kill(self, node: int, how: int = signal.SIGKILL) -> int:
         """Signal its agent, and wait for its end."""
         self.agents[node].send_signal(how)
-        return self.agents[node].wait(30)
+        return self.agents[node].wait(60)
 
     def close(self) -> None:
         for agent in self.agents.values():
             if agent.poll() is None:
                 agent.kill()
-            agent.wait(10)
+            agent.wait(60)
         for pid in self.keepers():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
 
 @asynccontextmanager
-async def nodes_of(count: int, directory: Path, *options: str) -> AsyncIterator[Nodes]:
-    """So many that know each other; at the end nothing of them is left."""
-    nodes = Nodes(directory)
+async def nodes_of(count: int, directory: Path, *options: str, patient: bool = False) -> AsyncIterator[Nodes]:
+    """So many that know each other; at the end nothing of them is left. patient: see patient.py."""
+    nodes = Nodes(directory, patient)
     try:
         for node in range(count):
             nodes.start(node, *options)
-            await until(lambda node=node: "listens at" in nodes.said(node) or nodes.agents[node].poll() is not None, 20)
+            await until(lambda node=node: "listens at" in nodes.said(node) or nodes.agents[node].poll() is not None)
         await nodes.met(*range(count))
         yield nodes
     finally:

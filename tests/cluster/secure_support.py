@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from tests.cluster.connections import all_closed, connections
 from upipe.cluster import dealings, messages, routes, tls, wire
 from upipe.cluster.audit import Audit
 from upipe.cluster.client import Client, Target
@@ -140,7 +141,7 @@ async def running(
     **other: Handler,
 ) -> AsyncIterator[Running]:  # fmt: skip
     """Serve on loopback and on a Unix socket; `plain` without TLS, for requests written by hand."""
-    log = folder / "audit" / "log"
+    log, before = folder / "audit" / "log", connections()
     identity = tls.Identity("node", NODE)
     credentials = None if plain else credentials or tls.issue(SECRET, identity, ["127.0.0.1", "localhost"])
     with Audit(log, SECRET.bearer) as audit:
@@ -151,6 +152,7 @@ async def running(
             yield Running(server, port, folder / "run" / "node", log)
         finally:
             await server.stop(1.0)
+            await all_closed(before)
 
 
 async def closed(writer: asyncio.StreamWriter) -> None:

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.cluster.agent_support import met, running, start, until
+from tests.support import crowded
 from upipe.cluster import agent as module
 from upipe.cluster import routes, tls, wire
 from upipe.cluster.token import Secret
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.slow
 async def test_nodes_find_each_other_by_one_seed(tmp_path):
     began = time.monotonic()
     async with running(tmp_path, "a", "b", "c") as nodes:
-        assert time.monotonic() - began < 2.0 * len(nodes)
+        assert time.monotonic() - began < 2.0 * len(nodes) * crowded()
         for node in nodes:
             async with node.client() as client:
                 members = await client.call(routes.MEMBERS)
@@ -30,15 +31,14 @@ async def test_nodes_find_each_other_by_one_seed(tmp_path):
         assert any("joined" in line for line in nodes[0].said)
 
 
-async def test_a_dead_node_is_known_within_five_seconds_and_one_that_leaves_at_once(tmp_path):
+async def test_a_node_that_leaves_is_known_as_such_and_a_dead_one_as_dead(tmp_path):
+    """How soon, is in test_membership.py, where time is simulated."""
     async with running(tmp_path, "a", "b", "c") as nodes:
         a, b, c = nodes
-        began = time.monotonic()
         await b.agent.neighbours.leave()
-        await until(lambda: b.id not in a.agent.neighbours.live() and b.id not in c.agent.neighbours.live(), 0.5)
+        await until(lambda: b.id not in a.agent.neighbours.live() and b.id not in c.agent.neighbours.live())
         await c.kill()
-        await until(lambda: c.id not in a.agent.neighbours.live(), 5.0)
-        assert time.monotonic() - began < 5.5
+        await until(lambda: c.id not in a.agent.neighbours.live())
         assert f"node {b.id} left" in a.said
         assert any(line.startswith(f"node {c.id} died") for line in a.said)
 
@@ -50,8 +50,8 @@ async def test_a_restarted_node_keeps_its_id_and_is_back_at_once(tmp_path):
         nodes[1] = again = await start(tmp_path, "b", a.seed)
         assert again.id == b.id
         assert again.agent.identity.life == b.agent.identity.life + 1
-        await met(a, again, seconds=3.0)
-        await until(lambda: a.agent.neighbours.live()[b.id].port == again.port, 5.0)
+        await met(a, again)
+        await until(lambda: a.agent.neighbours.live()[b.id].port == again.port)
 
 
 async def test_a_node_of_another_cluster_is_refused_with_a_reason(tmp_path):
@@ -161,9 +161,9 @@ async def test_draining_with_nothing_here_leaves_at_once(tmp_path):
     async with running(tmp_path, "a", "b") as nodes:
         a, b = nodes
         async with b.client() as client:
-            await client.call(routes.DRAIN_NODE, wire.Stopping(5.0))
-        await asyncio.wait_for(b.agent.ended.wait(), 2.0)
-        await until(lambda: b.id not in a.agent.neighbours.live(), 0.5)
+            await client.call(routes.DRAIN_NODE, wire.Stopping(600.0))
+        await asyncio.wait_for(b.agent.ended.wait(), 60.0)
+        await until(lambda: b.id not in a.agent.neighbours.live())
         assert f"node {b.id} left" in a.said
 
 

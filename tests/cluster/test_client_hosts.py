@@ -12,12 +12,15 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster.hosts import JOBS, Hosts, hosts_of, until
+from tests.support import crowded
 from upipe.cluster import token
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 LIAR, CLIENT = 2, 3
 MAIN = "from upipe.cli.main import main; main()"
 WIDTH = 80
+LONGEST = 60.0
+"""Seconds to wait for what comes in some, on a busy machine: only to end a test that hangs."""
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +42,28 @@ def keepers(hosts: Hosts) -> list[int]:
     return [pid for host in (0, 1) for pid in hosts.processes(host) if pid not in agents]
 
 
+def left_in_memory(hosts: Hosts) -> list[str]:
+    """Files in the shared memory of the nodes, but for the locks of sessions."""
+    return [name for host in (0, 1) for _, _, names in os.walk(hosts.shm(host)) for name in names if name != "lock"]
+
+
 def shown(told: subprocess.CompletedProcess[str]) -> str:
     """Its output, which fits a terminal."""
     assert told.returncode == 0, told.stderr
     assert all(len(line) <= WIDTH for line in told.stdout.splitlines()), told.stdout
     return told.stdout
+
+
+def shows(hosts: Hosts, pattern: str, *arguments: str, host: int = CLIENT) -> str:
+    """The output of a command, once there is that in it: what agents know of each other comes a moment later."""
+    found: list[str] = []
+
+    def look() -> object:
+        found.append(shown(upipe(hosts, *arguments, host=host)))
+        return re.search(pattern, found[-1])
+
+    until(look, LONGEST, lambda: f"{pattern!r} in {found[-1]}")
+    return found[-1]
 
 
 def test_a_host_without_an_agent_finds_the_cluster_among_liars(hosts: Hosts) -> None:
@@ -75,7 +95,7 @@ def test_a_host_without_an_agent_finds_the_cluster_among_liars(hosts: Hosts) -> 
         foreign.kill()
     assert told["number"] == 13 and told["balanced"] and told["letters"] == [["double", 13]]
     assert told["node"] == hosts.node_id(0) and f"worker double#0 on node {told['node']}" in told["error"]
-    assert "in double" in told["error"] and told["seconds"] < 30
+    assert "in double" in told["error"] and told["seconds"] < 30 * crowded()
     said = heard.read_bytes()
     assert said[:1] == b"\x16" and secret.bearer.encode() not in said  # the first step of TLS, and nothing else
     hosts.wait_for_members()
@@ -106,15 +126,13 @@ def test_a_running_job_is_shown_followed_and_stopped_from_anywhere(hosts: Hosts)
     )
     assert following.stdout.readline() == "up\n"
     following.send_signal(signal.SIGINT)
-    assert following.wait(20) == 130  # and the job goes on
-    listed = [shown(upipe(hosts, "pipes", host=host)) for host in (0, 1)]
-    assert all(re.search(r"script-\w+ +running +[1-9]", one) for one in listed), listed  # its books, whoever is asked
+    assert following.wait(LONGEST) == 130  # and the job goes on
+    listed = [shows(hosts, r"script-\w+ +running +[1-9]", "pipes", host=host) for host in (0, 1)]  # whoever is asked
     [pipe] = re.findall(r"script-\w+(?= +running)", listed[0])
-    until(lambda: "no dead letters" not in upipe(hosts, "pipe", "letters", pipe).stdout, 30, "letters")
-    picture = shown(upipe(hosts, "pipe", pipe))
+    until(lambda: "no dead letters" not in shown(upipe(hosts, "pipe", "letters", pipe)), LONGEST, "letters")
     first, second = hosts.node_id(0)[:8], hosts.node_id(1)[:8]
-    assert re.search(rf"e0-numbers-work\S* +{first} → {second} +\S+ +\S+ \d+\.\d s +\S+ +open", picture), picture
-    assert re.search(rf"e0-numbers-work\S* +{second} ← {first} +\S+ +\S+ +open", picture), picture
+    shows(hosts, rf"e0-numbers-work\S* +{first} → {second} +\S+ +\S+ \d+\.\d s +\S+ +open", "pipe", pipe)
+    shows(hosts, rf"e0-numbers-work\S* +{second} ← {first} +\S+ +\S+ +open", "pipe", pipe)
     letters = upipe(hosts, "pipe", "letters", "--traceback", pipe).stdout
     assert f"work#0 on {second}, from numbers" in letters and "ValueError: no 3 here" in letters, letters
     assert "in work" in letters
@@ -130,7 +148,7 @@ def test_a_running_job_is_shown_followed_and_stopped_from_anywhere(hosts: Hosts)
 
 
 def test_whatever_ends_a_submitting_process_leaves_nothing_on_the_nodes(hosts: Hosts) -> None:
-    until(lambda: not keepers(hosts), 30, "the pipes of earlier tests ended")
+    until(lambda: not keepers(hosts), LONGEST, "the pipes of earlier tests ended")
     ends = {how: hosts.submit(CLIENT, "client.py", how) for how in ("exception", "leave", "interrupt", "kill")}
     said = {how: program.communicate(timeout=90) for how, program in ends.items()}
     assert all(out == "up\n" for out, _ in said.values()), said
@@ -139,10 +157,9 @@ def test_whatever_ends_a_submitting_process_leaves_nothing_on_the_nodes(hosts: H
     }  # fmt: skip
     told = "'endless' (resume=True) from the first value; 'add' without its checkpoint"
     assert all(told in err and "Unclosed" not in err for _, err in said.values()), said
-    # who could say good-bye did: long before the 15 s after which the killed one is missed
-    running = re.compile(r"end-(\w+)-\w+ +running")
-    until(lambda: running.findall(upipe(hosts, "pipes").stdout) in ([], ["kill"]), 10, "they ended")
-    until(lambda: not keepers(hosts), 45, "the cluster missed the one that was killed")
-    left = [name for host in (0, 1) for _, _, names in os.walk(hosts.shm(host)) for name in names if name != "lock"]
-    assert not left
+    until(lambda: not keepers(hosts), LONGEST, "the cluster missed the one that was killed")
+    # who could say good-bye did: only the killed one had to be missed
+    logs = "".join(hosts.log(host).read_text() for host in (0, 1))
+    assert re.findall(r"pipe end-(\w+)-\w+: the process that submitted it is gone", logs) == ["kill"]
+    until(lambda: not left_in_memory(hosts), LONGEST, lambda: f"{left_in_memory(hosts)} goes")
     assert upipe(hosts, "sweep").returncode == 0 and not list(hosts.shm(CLIENT).iterdir())

@@ -15,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cluster.netns import Lan, lan_of
+from tests.support import crowded
 from upipe.cluster import discovery
 from upipe.cluster.address import Address
 from upipe.cluster.messages import NodeInfo
 
 NODE_A, NODE_B, NODE_C = "a" * 16, "b" * 16, "c" * 16
 USABLE = 2.0
-DEADLINE = 20.0
+DEADLINE = 60.0
 
 
 def info(**changes: Any) -> NodeInfo:
@@ -150,7 +151,7 @@ def test_two_hosts_hear_each_other_over_ipv4_and_ipv6(lan: Lan) -> None:
     assert (heard["protocol"], heard["fingerprint"]) == (1, "ab" * 32)
     assert f"{lan.ipv4(1)}:7420" in heard["addresses"]
     assert f"[{lan.ipv6(1)}]:7420" in heard["addresses"]
-    assert took < USABLE
+    assert took < USABLE * crowded()
     first.close()
     second.close()
 
@@ -209,31 +210,23 @@ def test_no_multicast_on_an_interface_is_told(lan: Lan) -> None:
 @pytest.mark.system
 @pytest.mark.slow
 def test_the_helpers_cut_links(lan: Lan) -> None:
-    def reaches(source: int, target: str) -> bool:
+    def reaches(source: int, target: str, seconds: float = DEADLINE) -> bool:
         """One datagram from a host to an address, and whether it was received."""
         family = "AF_INET6" if ":" in target else "AF_INET"
         host = int(target.rpartition(":" if ":" in target else ".")[2], 16) - 1
-        receive = (
-            f"import socket; s = socket.socket(socket.{family}, socket.SOCK_DGRAM); s.bind(('{target}', 7999)); "
-            "s.settimeout(0.3); print('bound', flush=True); print(s.recv(9))"
-        )
         send = f"import socket; socket.socket(socket.{family}, socket.SOCK_DGRAM).sendto(b'x', ('{target}', 7999))"
-        receiver = lan.popen(host, sys.executable, "-c", receive, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        assert receiver.stdout is not None
-        receiver.stdout.readline()
-        lan.run(source, sys.executable, "-c", send, check=False)
-        return bool(receiver.stdout.read())
+        return lan.receives(host, target, lambda: lan.run(source, sys.executable, "-c", send, check=False), seconds)
 
     for address in (lan.ipv4, lan.ipv6):
         assert reaches(0, address(1))
         lan.cut_one_way(0, 1)
-        assert not reaches(0, address(1))
+        assert not reaches(0, address(1), 0.3)
         assert reaches(1, address(0))
         assert reaches(2, address(1))
         lan.join_one_way(0, 1)
         assert reaches(0, address(1))
         lan.cut(1)
-        assert not reaches(0, address(1))
+        assert not reaches(0, address(1), 0.3)
         assert reaches(0, address(2))
         lan.join(1)
         assert reaches(0, address(1))

@@ -49,7 +49,7 @@ async def test_what_goes_on_for_ever_begins_anew_after_a_failure(caplog, monkeyp
     errands = Errands()
     task = errands.keep(look, "looking")
     assert task is not None
-    await asyncio.wait_for(task, 10)
+    await asyncio.wait_for(task, 60)
     assert len(begun) == 3 and caplog.text.count("looking failed, and begins anew") == 2
     await errands.close()
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,12 @@ class Example:
 
     def _look(self) -> None:
         for host in range(3):
-            found = Counter(Path(f"/proc/{pid}/comm").read_text().partition("#")[0] for pid in self.alive(host))
+            found: Counter[str] = Counter()
+            for pid in self.hosts.workers(host):
+                with suppress(OSError):  # it ended this instant
+                    found[Path(f"/proc/{pid}/comm").read_text().partition("#")[0]] += 1
             for processor, count in found.items():
                 self.most[host, processor] = max(self.most[host, processor], count)
-
-    def alive(self, host: int) -> list[int]:
-        """Its workers there that have not ended this instant."""
-        return [pid for pid in self.hosts.workers(host) if Path(f"/proc/{pid}/comm").exists()]
 
     def end(self, seconds: float = 150.0) -> str:
         """Its output, after its good end."""

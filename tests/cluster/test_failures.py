@@ -16,6 +16,7 @@ import pytest
 from tests.cluster.faults import keepers
 from tests.cluster.hosts import Hosts, hosts_of, left, until
 from tests.cluster.oracle import ON_ITS_WAY
+from tests.support import crowded
 from upipe.cluster.desk import BROKEN
 
 pytestmark = pytest.mark.timeout(240)
@@ -71,7 +72,7 @@ def every_worker_once(hosts: Hosts, program: subprocess.Popen[str], *where: int)
         assert program.poll() is None, f"it has ended: {program.communicate()}\n{hosts.told()}"
         return hosts.running() == wanted and all(hosts.workers(host, "work") for host in where)
 
-    until(met, 30, lambda: f"{hosts.running()}\n{hosts.state()}")
+    until(met, 100, lambda: f"{hosts.running()}\n{hosts.state()}")
 
 
 def test_without_failures_each_number_arrives_exactly_once(hosts: Hosts) -> None:
@@ -88,15 +89,17 @@ def test_a_worker_is_killed(hosts: Hosts) -> None:
     complete(hosts, program, again=ONE_EACH)
 
 
-def test_an_agent_is_killed_and_started_again_while_its_workers_run_on(hosts: Hosts) -> None:
-    program = begin(hosts)
-    before = hosts.workers(1, "work")
-    hosts.kill_agent(1)
-    time.sleep(0.5)
-    hosts.start_agent(1)
-    arrived(hosts, program, COUNT // 2)
-    assert hosts.workers(1, "work") == before, "the same processes"
-    complete(hosts, program, again=0)
+def test_an_agent_is_killed_and_started_again_while_its_workers_run_on(tmp_path: Path) -> None:
+    with hosts_of(3, tmp_path, patient=True) as hosts:
+        hosts.start()
+        program = begin(hosts)
+        before = hosts.workers(1, "work")
+        hosts.kill_agent(1)
+        time.sleep(0.5)
+        hosts.start_agent(1)
+        arrived(hosts, program, COUNT // 2)
+        assert hosts.workers(1, "work") == before, "the same processes"
+        complete(hosts, program, again=0)
 
 
 def test_the_agent_that_coordinates_is_killed_for_good_and_its_workers_go_elsewhere(hosts: Hosts) -> None:
@@ -110,14 +113,14 @@ def test_a_host_dies_with_all_its_processes(hosts: Hosts) -> None:
     hosts.kill_host(1)
     began = time.monotonic()
     arrived(hosts, program, COUNT // 2)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 30 * crowded()
     complete(hosts, program, again=ON_ITS_WAY)
 
 
 def test_a_host_comes_back_and_takes_work_again(hosts: Hosts) -> None:
     program = begin(hosts)
     hosts.kill_host(1)
-    until(lambda: len(hosts.living(0)) == 2, 15, "its death is known")
+    until(lambda: len(hosts.living(0)) == 2, 60, "its death is known")
     hosts.start_agent(1)
     hosts.wait_for_members()
     every_worker_once(hosts, program, 0, 1, 2)
@@ -133,9 +136,10 @@ def test_the_network_of_a_host_is_cut_for_thirty_seconds(hosts: Hosts, way: str)
     else:
         hosts.lan.cut_one_way(1, 2)  # first, or results would go on leaving that it cannot tell as finished
         hosts.lan.cut_one_way(1, 0)
-    until(lambda: len(hosts.living(0)) == 2, 15, "it is taken for dead")
+    until(lambda: len(hosts.living(0)) == 2, 60, "it is taken for dead")
     time.sleep(30)
-    assert not hosts.workers(1, "record") and len(hosts.seen()) > 20 * RATE, "the others go on"
+    assert not hosts.workers(1, "record")
+    until(lambda: len(hosts.seen()) > 20 * RATE, 60, "the others go on")
     if way == "both ways":
         hosts.lan.join(1)
     else:
@@ -144,7 +148,7 @@ def test_the_network_of_a_host_is_cut_for_thirty_seconds(hosts: Hosts, way: str)
     every_worker_once(hosts, program, 0, 1, 2)
     enough.touch()
     complete(hosts, program, again=ON_ITS_WAY)
-    until(lambda: not hosts.workers(1), 20, "what ran has ended")
+    until(lambda: not hosts.workers(1), 60, "what ran has ended")
 
 
 def test_all_agents_are_restarted_one_after_another(hosts: Hosts) -> None:
@@ -152,7 +156,7 @@ def test_all_agents_are_restarted_one_after_another(hosts: Hosts) -> None:
     for host in range(3):
         hosts.stop_agent(host)
         hosts.start_agent(host)
-        hosts.wait_for_members(30)
+        hosts.wait_for_members()
     complete(hosts, program, again=ON_ITS_WAY)
 
 
@@ -160,8 +164,8 @@ def test_the_submitting_process_is_killed(hosts: Hosts) -> None:
     """Its pipe ends everywhere BROKEN seconds later, and leaves nothing: it is nobody's any more."""
     program = begin(hosts, f"--until={hosts.directory / 'never'}")
     program.kill()
-    program.wait(10)
-    took = until(lambda: not left(hosts), BROKEN + 30, lambda: f"it ends: {left(hosts)}\n{hosts.told()}")
+    program.wait(60)
+    took = until(lambda: not left(hosts), BROKEN + 60, lambda: f"it ends: {left(hosts)}\n{hosts.told()}")
     assert took > BROKEN / 2
     assert "the process that submitted it is gone" in "".join(hosts.log(host).read_text() for host in range(3))
 
@@ -175,7 +179,7 @@ def test_the_disk_of_a_node_is_full(tmp_path: Path) -> None:
         hosts.disks[1].fill()
         os.kill(keepers(hosts, 1)[0], signal.SIGKILL)  # what it had is to run elsewhere, then here again
         sentence = "No space left on device): make room on that disk"
-        until(lambda: sentence in hosts.log(1).read_text(), 20, lambda: f"it says so\n{hosts.told()}")
+        until(lambda: sentence in hosts.log(1).read_text(), 60, lambda: f"it says so\n{hosts.told()}")
         arrived(hosts, program, len(hosts.seen()) + 300)
         said = hosts.log(1).read_text()
         assert said.count(sentence) <= 2, said  # once for each way it failed
@@ -183,4 +187,4 @@ def test_the_disk_of_a_node_is_full(tmp_path: Path) -> None:
         every_worker_once(hosts, program, 0, 1, 2)
         enough.touch()
         complete(hosts, program, again=ON_ITS_WAY)
-        until(lambda: not left(hosts), 20, lambda: f"nothing is left: {left(hosts)}")
+        until(lambda: not left(hosts), 60, lambda: f"nothing is left: {left(hosts)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from upipe.graph.spec import EdgeSpec, PipeSpec
 AB = PipeSpec("p", (one("a", kind="source"), one("b")), (EdgeSpec("a", "b"),))
 ABC = PipeSpec("p", (one("a", kind="source"), one("b"), one("c")), (EdgeSpec("a", "b"), EdgeSpec("b", "c")))
 A_TO_B, B_TO_C = "e0-a-b", "e1-b-c"
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(params=["asyncio", "uvloop"], autouse=True)
@@ -293,12 +292,14 @@ async def test_idle_ferries_use_no_cpu() -> None:
         await here.nodes["2"].work(A_TO_B, B_TO_C, 1)
         await get_all(here.nodes["3"].reader(B_TO_C), 1)
         await until(lambda: here.nodes["1"].state(A_TO_B).empty and here.nodes["2"].state(B_TO_C).empty)
-        await asyncio.sleep(0.1)
-        before, news = resource.getrusage(resource.RUSAGE_SELF), [node.news for node in here.nodes.values()]
-        await asyncio.sleep(0.5)
-        after = resource.getrusage(resource.RUSAGE_SELF)
-        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.01
-        assert [node.news for node in here.nodes.values()] == news
+        for _ in range(20):  # the garbage collector and other threads may work in one of them, ferries that poll in all
+            before, news = time.process_time(), [node.news for node in here.nodes.values()]
+            await asyncio.sleep(0.5)
+            used, told = time.process_time() - before, [node.news for node in here.nodes.values()]
+            if used < 0.01 and told == news:
+                break
+        else:
+            raise AssertionError(f"{used:.3f} s of the last half second, {told} told after {news}")
 
 
 async def test_one_mirror_in_trouble_says_so_and_the_others_and_itself_go_on(

@@ -52,12 +52,12 @@ def request(tmp_path: Path, text: str, *arguments: str, **more: Any) -> wire.Job
 
 
 async def output(here: Jobs, job: str) -> str:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         return b"".join([piece async for piece in here.logs(job)]).decode()
 
 
 async def first_line(here: Jobs, job: str) -> bytes:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         async for piece in here.logs(job):
             return piece
     raise AssertionError("it printed nothing")
@@ -106,7 +106,7 @@ async def test_output_is_followed_while_it_runs(here: Jobs, tmp_path: Path) -> N
     os.mkfifo(fifo)
     info = await here.run(request(tmp_path, f"print('first')\nopen({str(fifo)!r}).read()\nprint('last')"))
     logs = here.logs(info.job)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         told = b""
         while told != b"first\n":  # print() may write the end of a line by itself
             told += await anext(logs)
@@ -131,7 +131,7 @@ async def test_it_outlives_the_agent_and_keeps_its_status(here: Jobs, tmp_path: 
     assert after.info(info.job).state == "running"
     await asyncio.to_thread(fifo.write_text, "go on")
     assert await output(after, info.job) == "first\nlast\n"
-    assert process is not None and process.wait(10) == 0
+    assert process is not None and process.wait(60) == 0
     later = made(tmp_path)
     later.load()  # it ended while nobody looked
     for one in (after, later):
@@ -144,7 +144,7 @@ async def test_stop_asks_first_and_kills_after_the_deadline(here: Jobs, tmp_path
     asks = f"import signal, sys, time\n{ends}\nprint('up')\ntime.sleep(99)"
     info = await here.run(request(tmp_path, asks))
     await first_line(here, info.job)
-    stopped = await here.stop(info.job, 20)
+    stopped = await here.stop(info.job, 60)
     assert (stopped.state, stopped.status) == ("stopped", 5) and await output(here, info.job) == "up\nbye\n"
     deaf = "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nprint('up')\ntime.sleep(99)"
     info = await here.run(request(tmp_path, deaf))
@@ -165,7 +165,7 @@ async def test_killed_with_what_kept_its_status_it_is_lost(here: Jobs, tmp_path:
     pid = int(await first_line(here, info.job))
     script = os.pidfd_open(pid)
     signal.pidfd_send_signal(here.all[info.job].pidfd, signal.SIGKILL)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await here.all[info.job].ended.wait()
     assert (here.info(info.job).state, here.info(info.job).status) == ("lost", None)
     assert await asyncio.to_thread(jobs_wait, script)
@@ -175,7 +175,7 @@ def jobs_wait(pidfd: int) -> bool:
     from upipe.runtime.osproc import wait_dead
 
     try:
-        return wait_dead(pidfd, 10)
+        return wait_dead(pidfd, 60)
     finally:
         os.close(pidfd)
 

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.cluster.keeper_support import HERE, SMALL, Held, chain, drained, gone, one
+from tests.cluster.keeper_support import DEADLINE, HERE, SMALL, Held, chain, drained, gone, one
 from tests.cluster.test_lanes import seats
 from tests.system.support import stat
 from upipe.cluster import halts, keeper, keepers, keeping
@@ -102,7 +102,7 @@ def slow(value: int) -> int:
 
 
 async def take(queue: MemQ, count: int) -> list[int]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE):
         return [await queue.aget() for _ in range(count)]
 
 
@@ -116,8 +116,9 @@ async def running(here: Held, **changes: Any) -> MemQ:
     return results
 
 
-async def test_a_worker_that_is_killed_loses_nothing(held: MakeHeld) -> None:
-    here = held(chain(one("a", "source", resume=True), one("b")), a=lazily, b=slow)
+async def test_a_worker_that_is_killed_loses_nothing(held: MakeHeld, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    here = held(chain(one("a", "source", resume=True), one("b")), a=until_open(gate), b=slow)
     results = await running(here)
     found = []
     for name in ("b#0", "a#0", "b#0"):
@@ -125,6 +126,7 @@ async def test_a_worker_that_is_killed_loses_nothing(held: MakeHeld) -> None:
         await here.kill(name)
     crews = here.news.crews
     assert crews["b"].restarts == 2 and crews["a"].restarts == 1
+    gate.touch()
     await here.until(lambda news: ("a", 0) in news.ended, "a ended")
     await here.follow(ends=frozenset({"e0-a-b"}))
     await here.until(lambda news: ("b", 0) in news.ended, "b ended")
@@ -153,7 +155,7 @@ async def test_the_agent_goes_and_comes_while_data_flows(held: MakeHeld, caplog:
     assert here.lost == []
 
 
-async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], object], seconds: float = DEADLINE) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, condition
@@ -509,8 +511,8 @@ async def test_whether_one_lives_is_asked_without_an_effect(held: MakeHeld) -> N
 
 async def test_a_keeper_that_hangs_is_replaced_by_nothing(held: MakeHeld, monkeypatch: pytest.MonkeyPatch) -> None:
     here = held(chain(one("a", "source"), one("b")), a=endless, b=slow)
-    monkeypatch.setattr(keepers, "REACH", 0.2)
     await running(here)
+    monkeypatch.setattr(keepers, "REACH", 0.2)
     os.kill(here.keeper.pid, signal.SIGSTOP)
     with pytest.raises(KeeperFailed, match="does not answer within"):
         await here.agent().find()
@@ -527,15 +529,18 @@ async def test_an_idle_keeper_sleeps(held: MakeHeld) -> None:
     await here.start()
     await here.follow()
     await here.up()
-    await asyncio.sleep(0.3)
 
     def switches() -> int:
         lines = Path(f"/proc/{here.keeper.pid}/status").read_text().splitlines()
         return sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
 
-    before = switches()
-    await asyncio.sleep(1.0)
-    assert switches() - before <= 1
+    for _ in range(30):  # on a busy machine it may have something left to do at first; one that polls never rests
+        before = switches()
+        await asyncio.sleep(1.0)
+        if switches() - before <= 1:
+            break
+    else:
+        raise AssertionError(f"it woke {switches() - before} times within the last of 30 seconds")
     await here.stop()
 
 
@@ -608,6 +613,19 @@ def lazily():  # type: ignore[no-untyped-def]
         yield number
 
 
+def until_open(gate: Path) -> Callable[[], Any]:
+    """As lazily(), but the second half waits for the file: what a test does before, it does while the source runs."""
+
+    def source():  # type: ignore[no-untyped-def]
+        for number in range(COUNT):
+            while number == COUNT // 2 and not gate.exists():
+                time.sleep(0.005)
+            time.sleep(0.005)
+            yield number
+
+    return source
+
+
 async def test_autoscaling_uses_the_room_of_its_plan(held: MakeHeld, tmp_path: Path) -> None:
     policy = AutoscalePolicy(up_age=0.05, interval=0.05, down_idle=0.3)
     settings = msgspec.structs.replace(SMALL, autoscale=policy)
@@ -625,7 +643,8 @@ async def test_autoscaling_uses_the_room_of_its_plan(held: MakeHeld, tmp_path: P
     await alone.stop()
     await here.start()
     await here.follow()
-    assert not any(worker.name.startswith("b") for worker in here.news.workers)
+    first = next(news for news in here.said if here.plan is not None and news.fence == here.plan.fence)
+    assert not any(worker.name.startswith("b") for worker in first.workers)
     await here.until(lambda news: any(worker.name == "b#1" and worker.pid for worker in news.workers), "b#1 by load")
     await here.until(lambda news: ("a", 0) in news.ended, "a ended")
     assert here.news.ended == (("a", 0),)
@@ -676,7 +695,7 @@ async def test_a_stranger_is_not_heard_and_nonsense_ends_a_connection(held: Make
     await running(here)
     reader, writer = await asyncio.open_unix_connection(str(here.directory / "keeper.sock"))
     writer.write(b"GET / HTTP/1.1\r\n\r\n")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE):
         await reader.read()
         assert await reader.read() == b""
     writer.close()
@@ -718,10 +737,13 @@ def prune_all(layout: Layout) -> Layout:
     return prune(layout, [lane.name for lane in layout.lanes])
 
 
-async def test_a_source_resumes_behind_what_it_emitted_into_queues_that_are_gone(held: MakeHeld) -> None:
+async def test_a_source_resumes_behind_what_it_emitted_into_queues_that_are_gone(
+    held: MakeHeld, tmp_path: Path
+) -> None:
     spec = chain(one("a", "source", resume=True), one("b"))
     first = lay_out(spec, seats(a="1", b="2"), "c")
-    here = held(spec, first, a=lazily)
+    gate = tmp_path / "gate"
+    here = held(spec, first, a=until_open(gate))
     await here.start()
     await here.follow()
     await here.up()
@@ -748,6 +770,7 @@ async def test_a_source_resumes_behind_what_it_emitted_into_queues_that_are_gone
     await here.follow()  # the old one is gone
     assert old not in here.news.labels
     await here.kill("a#0")
+    gate.touch()
     while len(found) < COUNT:
         found += await take(fresh, 1)
     assert found.sort() is None and found == list(range(COUNT))
@@ -782,7 +805,7 @@ async def test_nothing_is_lost_while_workers_come_go_and_die(held: MakeHeld) -> 
 
     reading = asyncio.create_task(read())
     killed = 0
-    until_then = time.monotonic() + 30
+    until_then = time.monotonic() + 90
     while ("a", 0) not in here.news.ended:
         assert time.monotonic() < until_then, here.news
         what = dice.randrange(4)
@@ -807,7 +830,7 @@ async def test_nothing_is_lost_while_workers_come_go_and_die(held: MakeHeld) -> 
     await here.follow(ends=frozenset({"e0-a-b"}))
     await here.until(lambda news: {("b", 0), ("b", 1), ("b", 2)} <= set(news.ended), "b ended")
     await here.follow(ends=frozenset({"e0-a-b", RESULTS, REPLIES}))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         await reading
     assert set(found) == set(range(COUNT)) and len(found) <= COUNT + killed
     assert here.news.failed == "" and here.lost == []

@@ -25,7 +25,7 @@ async def test_who_does_not_read_gets_the_newest_only() -> None:
     heard, reader = [], keeping.from_keeper()
     with theirs:
         theirs.setblocking(False)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while data := await asyncio.get_running_loop().sock_recv(theirs, 1 << 20):
                 heard += [news.fence[1] for news in reader.feed(data)]
     assert heard[-1] == 399 and len(heard) < 100 and heard[:-1] == list(range(len(heard) - 1))

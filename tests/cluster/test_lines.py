@@ -18,7 +18,7 @@ from upipe.cluster.records import Hello, Record, mirror_key
 from upipe.errors import NodeUnreachable
 
 PEER = "peer"
-pytestmark = pytest.mark.timeout(20)
+pytestmark = pytest.mark.timeout(120)
 
 
 class Fake:

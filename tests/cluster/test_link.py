@@ -24,7 +24,7 @@ from upipe.cluster.opening import Opening, feed
 from upipe.cluster.records import HEADER_BYTES, Hello, Ping, Pong, data_header, encode, mirror_key
 from upipe.cluster.server import Call
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(params=["asyncio", "uvloop"], autouse=True)
@@ -100,7 +100,7 @@ async def test_the_end_is_heard_when_it_comes_right_behind_a_record(
         link.say(Ping(1))
         assert link._transport is not None
         link._transport.close()
-        assert await asyncio.wait_for(accepted[0].over(), 10) == "the other end closed it"
+        assert await asyncio.wait_for(accepted[0].over(), 60) == "the other end closed it"
         assert accepted[0].heard == heard + len(encode(Ping(1)))
 
 
@@ -322,7 +322,7 @@ async def test_what_the_kernel_gathers_of_a_record_is_heard_though_the_rest_does
         else:
             link.remove(end)  # type: ignore[arg-type]
             writer.write(whole[len(some) :] + encode(Ping(5)))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 assert await reader.readexactly(HEADER_BYTES) == encode(Pong(5))
         writer.close()
         await link.over()

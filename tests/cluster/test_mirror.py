@@ -29,7 +29,7 @@ from upipe.cluster.tail_watch import TailWatch
 from upipe.errors import EndOfStream, MirrorRefused, QueueError, QueueStuck
 
 SIZE = 1 << 16
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(params=["asyncio", "uvloop"], autouse=True)

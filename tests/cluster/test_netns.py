@@ -46,7 +46,7 @@ def test_what_a_killed_test_left_is_swept() -> None:
     netns.sweep()
     assert (Path("/run/netns") / name).exists(), "its owner lives"
     owner.send_signal(signal.SIGKILL)
-    owner.wait(10)
+    owner.wait(60)
     netns.sweep()
     assert not (Path("/run/netns") / name).exists()
     owner.stdin.close()
@@ -59,8 +59,8 @@ def test_the_processes_of_a_host_are_those_inside_and_no_others() -> None:
     with netns.lan_of(2) as lan:
         child = lan.popen(0, "cat", stdin=-1)
         entering = f"nsenter is in /proc/{child.pid}/ns/net"
-        until(lambda: lan.processes(0) == [child.pid], 10, entering)
+        until(lambda: lan.processes(0) == [child.pid], 60, entering)
         assert lan.processes(1) == []
         child.kill()
-        child.wait(10)
+        child.wait(60)
         assert lan.processes(0) == []

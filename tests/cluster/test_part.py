@@ -153,17 +153,18 @@ async def test_workers_that_there_is_no_room_for_are_refused_and_what_ran_before
 
 async def test_room_that_comes_within_some_seconds_is_taken_and_newer_orders_do_not_wait_for_it(made, monkeypatch):
     monkeypatch.setattr(promises, "LOOK", 0.01)
+    monkeypatch.setattr(promises, "ROOM", 1000.0)  # longer than any wait below
     part, means, _ = made
     means.full = (("a", 0),)
     part.order(orders(1))
     await asyncio.sleep(0.1)
     assert not means.told
     part.order(orders(2, stop=True))
-    await until(lambda: means.told and means.told[-1].fence == (1, 2), 3.0)
+    await until(lambda: means.told and means.told[-1].fence == (1, 2))
     part.order(orders(3))
     await asyncio.sleep(0.1)
     means.full = ()
-    await until(lambda: means.told[-1].fence == (1, 3), 3.0)
+    await until(lambda: means.told[-1].fence == (1, 3))
     assert means.told[-1].refused == ()
 
 
@@ -221,15 +222,28 @@ async def test_what_a_node_waits_for_is_told_at_once_and_not_again_for_other_num
     assert means.told[-1].fence == (1, 2)
 
 
-async def test_trouble_that_ended_long_ago_makes_no_node_unfit(made, monkeypatch):
-    monkeypatch.setattr(module, "READY", 0.2)
+class Clock:
+    """An event loop whose clock stands still until it is set."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop, self.now = loop, loop.time()
+
+    def time(self) -> float:
+        return self.now
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loop, name)
+
+
+async def test_trouble_that_ended_long_ago_makes_no_node_unfit(made):
     part, means, _ = made
+    part._loop = clock = Clock(part._loop)
     means.errors = [NodeUnreachable("cut")]
     part.order(orders(1))
     await until(lambda: means.told and means.told[-1].present)
     part.order(orders(2, stop=True))
     await until(lambda: not means.told[-1].present)
-    await asyncio.sleep(0.25)  # longer than READY since the first failure
+    clock.now += module.READY + 1  # since the first failure
     means.errors = [NodeUnreachable("cut")]
     part.order(orders(3))
     await until(lambda: means.told[-1].unfit or means.told[-1].fence == (1, 3))

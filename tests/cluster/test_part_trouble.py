@@ -19,7 +19,6 @@ from upipe.cluster.part import Part
 from upipe.errors import KeeperFailed, NodeRefused
 from upipe.runtime.spool import DeadLetter
 
-pytestmark = pytest.mark.timeout(20)
 ME, OTHER = "0" * 16, "1" * 16
 
 
@@ -180,7 +179,7 @@ async def test_a_keeper_lost_while_orders_are_written_is_told_as_lost_and_no_oth
     loop = asyncio.get_running_loop()
 
     def slow(path: Path, data: bytes) -> None:
-        asyncio.run_coroutine_threadsafe(lose(), loop).result(5)
+        asyncio.run_coroutine_threadsafe(lose(), loop).result(60)
         written(path, data)
 
     async def lose() -> None:

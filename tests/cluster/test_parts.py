@@ -82,5 +82,5 @@ async def test_a_worker_moves_from_a_dead_coordinator_to_a_node_that_has_nothing
         assert not c.agent.store.has(SHA)
         await a.kill()
         nodes.remove(a)
-        await until(lambda: c.engines.crew.started, 20.0)
+        await until(lambda: c.engines.crew.started)
         assert c.agent.store.path(SHA).read_bytes() == DATA

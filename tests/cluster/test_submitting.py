@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.nodes import ROOT, Nodes, nodes_of
+from tests.support import free_port
 from upipe import Pipe, Place, Processor
 from upipe.cluster import routes, token
 from upipe.cluster.submitting import forgotten
 
-pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.timeout(150)]
-DEADLINE = 90.0
+pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.timeout(240)]
+DEADLINE = 200.0
 SUBMITTER = """
 import asyncio, sys
 from upipe import Pipe, Processor
@@ -50,7 +51,7 @@ async def until_gone(nodes: Nodes, *which: int) -> None:
 async def test_data_goes_on_when_the_agent_under_the_workers_dies_and_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with asyncio.timeout(DEADLINE), nodes_of(2, tmp_path) as nodes:
+    async with asyncio.timeout(DEADLINE), nodes_of(2, tmp_path, patient=True) as nodes:
         monkeypatch.setenv(token.VARIABLE, str(nodes.token))
         pipe = Pipe("survives")
         pipe.add(Processor("a", double, place=Place(labels=("n1",)), workers=2))
@@ -95,7 +96,7 @@ async def test_a_job_outlives_its_agent_and_whoever_follows_it_hears_its_status(
     work.mkdir()
     os.mkfifo(fifo)
     (work / "script.py").write_text(f"print('first')\nopen({str(fifo)!r}).read()\nprint('last')\nraise SystemExit(6)\n")
-    async with asyncio.timeout(DEADLINE), nodes_of(1, tmp_path) as nodes:
+    async with asyncio.timeout(DEADLINE), nodes_of(1, tmp_path, "--port", str(free_port())) as nodes:
         where = nodes.address(0)
         words = ("submit", "--to", where, "--working-dir", str(work), "script.py")
         process = await asyncio.create_subprocess_exec(
@@ -105,7 +106,7 @@ async def test_a_job_outlives_its_agent_and_whoever_follows_it_hears_its_status(
         assert process.stdout is not None and await process.stdout.readline() == b"first\n"
         nodes.agents[0].send_signal(signal.SIGKILL)
         nodes.agents[0].wait()
-        nodes.start(0, "--port", where.rpartition(":")[2])
+        nodes.start(0, "--port", where.rpartition(":")[2])  # nobody else was given it meanwhile
         await asyncio.to_thread(fifo.write_text, "go on")
         assert await process.stdout.read() == b"last\n"
         assert await process.wait() == 6

@@ -26,7 +26,7 @@ _COMMANDS = {
     "ssh": '#!/bin/sh\nHOME="$HOME/../$1" exec sh -c "$2"\n',
 }
 
-pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.timeout(240)]
 
 
 def commands(prompt: str) -> list[tuple[str, str]]:
@@ -68,7 +68,7 @@ class Shells:
         options: dict[str, Any] = {"cwd": self.directory / "checkout", "env": self.environment(host)}
         words = ("sh", "-c", command.removesuffix(" &"))
         if not command.endswith(" &"):
-            done = self.lan.run("ab".index(host), *words, timeout=60, check=False, **options)
+            done = self.lan.run("ab".index(host), *words, timeout=100, check=False, **options)
             assert done.returncode == 0, f"{host}$ {command}\n{done.stdout}{done.stderr}"
             return done.stdout
         options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -83,7 +83,7 @@ class Shells:
         """`upipe nodes`, once both are in it."""
         began = time.monotonic()
         while (found := self.type(host, "upipe nodes")).count("alive") < 2:
-            assert time.monotonic() - began < 15, found
+            assert time.monotonic() - began < 60, found
         return found
 
     def end(self) -> None:
@@ -91,7 +91,7 @@ class Shells:
         for node in self.nodes:
             node.terminate()
         for node in self.nodes:
-            told = node.communicate(timeout=40)[0]
+            told = node.communicate(timeout=100)[0]
             assert node.returncode == 0, told
             assert "Traceback" not in told
         for host in "ab":

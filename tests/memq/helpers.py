@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -23,7 +24,7 @@ from upipe.memq.queue import MemQ
 
 FORK = multiprocessing.get_context("fork")
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE = 20.0
+DEADLINE = 60.0
 """Seconds after which a wait of a test has failed."""
 _OFFSET = {field.name: field.offset for field in CONTROL}
 
@@ -110,7 +111,7 @@ def holder(q: MemQ, child):
         signal.pause()
 
     process = child(takes)
-    assert holds.wait(20)
+    assert holds.wait(60)
     return process
 
 
@@ -171,6 +172,8 @@ def python(code: str, root: Path | None = None, **kwargs) -> subprocess.Complete
 
 
 def descriptors() -> int:
+    """Open ones of this process, without those of what other tests left to the garbage collector."""
+    gc.collect()
     return len(os.listdir("/proc/self/fd"))
 
 

@@ -93,7 +93,7 @@ def left_by(pids: set[int]) -> list[str]:
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(900 if KILLS > 200 else 150)
+@pytest.mark.timeout(900 if KILLS > 200 else 400)
 def test_nothing_is_lost_or_corrupt_when_producers_and_consumers_are_killed_at_random(tmp_path, monkeypatch):
     rng = random.Random(20240)
     _ring.forget_bells()
@@ -126,7 +126,7 @@ def test_nothing_is_lost_or_corrupt_when_producers_and_consumers_are_killed_at_r
     for role in ["producer"] * PRODUCERS + ["consumer"] * CONSUMERS:
         start(role)
     killed = Counter()
-    deadline = time.monotonic() + KILLS * 0.5
+    deadline = time.monotonic() + KILLS * 1.5
     for _ in range(KILLS):
         assert time.monotonic() < deadline, f"only {killed} kills: the queue is stuck: {q.stats()}"
         passed = q.stats().passed

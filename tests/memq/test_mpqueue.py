@@ -186,7 +186,7 @@ def test_maxsize_holds_for_several_producers_together(make, child):
     got = []
     while len(got) < 600:
         assert q.qsize() <= 5
-        got.append(q.get(timeout=20))
+        got.append(q.get(timeout=60))
     for p in processes:
         end(p)
     assert sorted(got) == sorted(list(range(200)) * 3)
@@ -202,7 +202,7 @@ def test_maxsize_holds_while_values_wait_outside_the_ring(make, small):
     got = []
     putter = Thread(q.put, b"last")
     for _ in range(7):
-        got.append(q.get(timeout=20))
+        got.append(q.get(timeout=60))
     putter.result()
     assert [g[:1] for g in got] == [bytes([n]) for n in range(6)] + [b"l"]
 
@@ -213,7 +213,7 @@ def test_an_unbounded_put_never_blocks_and_keeps_the_order(make, small):
     for value in values:
         q.put(value)  # 2 MB into 64 KiB
     assert q.qsize() == 500
-    assert [q.get(timeout=20) for _ in values] == values
+    assert [q.get(timeout=60) for _ in values] == values
     until(lambda: q.qsize() == 0)
 
 
@@ -224,7 +224,7 @@ def test_values_larger_than_the_ring_travel_through_files_that_are_gone_afterwar
         q.put(value)
     assert len(spills()) == 4
     for value in values:
-        got = q.get(timeout=20)
+        got = q.get(timeout=60)
         assert type(got) is type(value)
         assert np.array_equal(got, value) if isinstance(value, np.ndarray) else got == value
     assert spills() == []
@@ -234,7 +234,7 @@ def test_a_large_value_outlives_the_process_that_put_it(make, small, child):
     q = make()
     p = child(lambda: q.put(b"z" * 500_000))
     end(p)
-    assert q.get(timeout=20) == b"z" * 500_000
+    assert q.get(timeout=60) == b"z" * 500_000
 
 
 def test_a_spill_that_does_not_fit_raises_and_leaves_nothing(make, small, monkeypatch):
@@ -382,9 +382,9 @@ def test_get_waits_on_when_every_producer_has_closed_or_died(make, child):
         signal.pause()
 
     p = child(dies)
-    assert died.wait(20)
+    assert died.wait(60)
     kill(p)
-    assert [q.get(timeout=20), q.get(timeout=20)] == [1, 2]
+    assert [q.get(timeout=60), q.get(timeout=60)] == [1, 2]
     with pytest.raises(Empty):
         q.get(timeout=0.1)
     t = Thread(q.get)
@@ -397,7 +397,7 @@ def test_a_forked_child_does_not_send_what_waits_in_its_parent(make, small, chil
     for n in range(100):
         q.put(bytes([n]) * 3000)
     p = child(lambda: q.put(b"child"))
-    got = [q.get(timeout=20) for _ in range(101)]
+    got = [q.get(timeout=60) for _ in range(101)]
     end(p)
     assert [g[:1] for g in got if g != b"child"] == [bytes([n]) for n in range(100)]
 
@@ -413,7 +413,7 @@ def test_a_child_ends_only_when_what_it_put_is_in_the_ring(make, small, child, l
             sys.exit(0)
 
     p = child(puts)
-    assert [q.get(timeout=20)[0] for _ in range(100)] == list(range(100))
+    assert [q.get(timeout=60)[0] for _ in range(100)] == list(range(100))
     end(p)
 
 
@@ -426,7 +426,7 @@ def test_cancel_join_thread_lets_a_child_end_at_once(make, small, child):
         q.cancel_join_thread()
 
     end(child(puts))
-    assert q.get(timeout=20)[0] == 0
+    assert q.get(timeout=60)[0] == 0
 
 
 def test_close_and_join_thread_wait_until_all_is_in_the_ring(make, small):
@@ -436,7 +436,7 @@ def test_close_and_join_thread_wait_until_all_is_in_the_ring(make, small):
         q.put(bytes([n]) * 3000)
     q.close()
     joiner = Thread(q.join_thread)
-    assert [reader.get(timeout=20)[0] for _ in range(100)] == list(range(100))
+    assert [reader.get(timeout=60)[0] for _ in range(100)] == list(range(100))
     joiner.result()
     reader.close()
 
@@ -542,14 +542,22 @@ def test_join_is_woken_by_another_process_and_can_be_interrupted(make, child):
     end(p)
     q.put(1)
 
+    ready = FORK.Event()
+
+    def once(*_):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the next one may come before the exit
+        raise KeyboardInterrupt
+
     def waits():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
+            signal.signal(signal.SIGINT, once)
+            ready.set()
             q.join()
         except KeyboardInterrupt:
             os._exit(3)
 
     p = child(waits)
+    assert ready.wait(60)
     until(lambda: "futex" in open_text(f"/proc/{p.pid}/wchan") or open_text(f"/proc/{p.pid}/stat").split()[2] == "S")
     while p.is_alive():
         os.kill(p.pid, signal.SIGINT)

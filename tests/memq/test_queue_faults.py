@@ -186,7 +186,7 @@ def test_padding_that_a_consumer_passes_wakes_a_producer_that_waits_for_its_room
             leave.wait()
 
     p = child(claims)
-    assert inside.wait(20)
+    assert inside.wait(60)
     putter = Thread(q.put, b"x" * 3000)
     asleep(q, producers=True)
     kill(p)  # its claim becomes padding, which the sleeping producer itself passes

@@ -34,12 +34,12 @@ def test_a_handle_that_crosses_a_fork_works_in_both_processes(queue):
             q.give_back()
             assert q.detach_held() is None
             q.put("child's")
-            back.put(q.get(timeout=20))
+            back.put(q.get(timeout=60))
             back.put(q.stats().participants)
         finally:
             os._exit(0)
-    assert back.get(timeout=20) == "child's"
-    assert back.get(timeout=20) == 2
+    assert back.get(timeout=60) == "child's"
+    assert back.get(timeout=60) == 2
     os.waitpid(pid, 0)
     assert q.holding == 0
     q.finish()
@@ -108,7 +108,7 @@ def test_what_a_killed_process_held_comes_again_with_its_count_raised(queue, chi
             task = asyncio.create_task(q.aget())
             await waiting(q, 1)
             os.kill(p.pid, signal.SIGKILL)
-            return await asyncio.wait_for(task, 20)
+            return await asyncio.wait_for(task, 60)
 
         assert asyncio.run(main()) == "precious"
     elif wait == "get":
@@ -139,7 +139,7 @@ def test_the_stream_ends_for_who_sleeps_when_the_last_producer_is_killed(queue, 
         signal.pause()
 
     p = child(dies)
-    assert put.wait(20)
+    assert put.wait(60)
     reader = Thread(lambda: list(q))
     until(lambda: q.stats().finished == 1)
     asleep(q)
@@ -191,7 +191,7 @@ def test_recovery_buries_poison_finishes_what_a_checkpoint_covers_and_returns_th
             signal.pause()
 
         p = child(dies)
-        assert holds.wait(20)
+        assert holds.wait(60)
         start = start_time(p.pid)
         kill(p)
         dead = q.recover(p.pid, start, max_deliveries=2, covered=[64])

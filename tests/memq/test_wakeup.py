@@ -197,7 +197,7 @@ async def test_one_wait_over_several_queues_is_woken_by_any_and_owes_the_others_
         send.put(n)
         a.put(-n)
         send.put(n)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert sorted(await asyncio.gather(*tasks)) == sorted([n, -n, n])
     assert a.bell(0).tasks == b.bell(0).tasks == 0
     send.close()
@@ -211,12 +211,12 @@ async def test_futures_of_a_bell_end_at_the_next_ring_beside_waits(queue):
     await asyncio.sleep(0)
     other = MemQ.attach(q.name)
     other.put(1)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await asyncio.gather(*futures)
         assert await task == 1
     futures = [bell.future()]
     bell.left()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await futures[0]
     other.close()
 
@@ -259,13 +259,13 @@ def test_a_peers_death_wakes_a_task_while_its_loop_runs(queue, child):
         signal.pause()
 
     p = child(dies)
-    assert holds.wait(20)
+    assert holds.wait(60)
 
     async def main():
         tasks = [asyncio.create_task(q.aget()) for _ in range(4)]
         await waiting(q, 4)
         kill(p)
-        done, pending = await asyncio.wait(tasks, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+        done, pending = await asyncio.wait(tasks, timeout=60, return_when=asyncio.FIRST_COMPLETED)
         for t in pending:
             t.cancel()
         await asyncio.gather(*pending, return_exceptions=True)

@@ -185,7 +185,7 @@ async def test_sends_wait_for_room_on_every_edge(make: Any) -> None:
     while out.try_send(b"x" * 400):
         pass
     assert await out.asend(b"x" * 400, timeout=0.01) is False
-    waiting = asyncio.create_task(out.asend(b"y" * 400, timeout=20))
+    waiting = asyncio.create_task(out.asend(b"y" * 400, timeout=60))
     await asyncio.sleep(0)
     drained = [reader.get_nowait() for _ in range(narrow.qsize())]
     assert await waiting and reader.get_nowait() == b"y" * 400 and len(drained) > 1
@@ -193,7 +193,7 @@ async def test_sends_wait_for_room_on_every_edge(make: Any) -> None:
         pass
     thread = threading.Thread(target=lambda: [reader.get() for _ in range(5)])
     thread.start()
-    assert out.send(b"z" * 400, timeout=20)
+    assert out.send(b"z" * 400, timeout=60)
     thread.join()
 
 
@@ -233,7 +233,7 @@ def test_draining_refuses_emits_unless_a_frame_is_in_hand(make: Any) -> None:
     reader = MemQ.attach(target.name)
     thread = threading.Thread(target=lambda: [reader.get() for _ in range(5)])
     thread.start()
-    assert out.send(b"last" * 100, timeout=20)  # and it may still wait for room
+    assert out.send(b"last" * 100, timeout=60)  # and it may still wait for room
     thread.join()
     ends.finish()
     with pytest.raises(Ended):
@@ -332,7 +332,7 @@ async def test_who_waits_for_room_waits_for_that_of_any_queue(make: Any) -> None
     while out.try_send(b"x" * 400):
         pass
     assert out.send(b"x" * 400, timeout=0.01) is False
-    waiting = asyncio.create_task(out.asend(b"y" * 400, timeout=20))
+    waiting = asyncio.create_task(out.asend(b"y" * 400, timeout=60))
     await asyncio.sleep(0)
     for _ in range(reader.qsize()):
         reader.get_nowait()
@@ -341,7 +341,7 @@ async def test_who_waits_for_room_waits_for_that_of_any_queue(make: Any) -> None
         pass
     thread = threading.Thread(target=lambda: [reader.get() for _ in range(5)])
     thread.start()
-    assert out.send(b"z" * 400, timeout=20)
+    assert out.send(b"z" * 400, timeout=60)
     thread.join()
 
 
@@ -498,7 +498,7 @@ def test_who_sleeps_for_room_finds_that_of_the_new_queue(make: Any, count: int) 
         ring.bell(1)
     thread = threading.Timer(0.02, lambda: out.rewire(edge(1, *full, late)))
     thread.start()
-    assert out.send(b"y" * 400, timeout=20) and late.qsize() == 1
+    assert out.send(b"y" * 400, timeout=60) and late.qsize() == 1
     thread.join()
 
 
@@ -507,7 +507,7 @@ async def test_an_awaited_send_finds_the_new_queue(make: Any) -> None:
     out = Outputs(edge(1, full), None)
     while out.try_send(b"x" * 400):
         pass
-    waiting = asyncio.create_task(out.asend(b"y" * 400, timeout=20))
+    waiting = asyncio.create_task(out.asend(b"y" * 400, timeout=60))
     await asyncio.sleep(0)
     out.rewire(edge(1, full, late))
     assert await waiting and late.qsize() == 1

@@ -26,7 +26,7 @@ def run_as_worker(script: Path, *options: str) -> tuple[subprocess.CompletedProc
     with ours, theirs:
         program, *rest = command(None, str(script))
         ran = subprocess.run(
-            [program, *options, *rest], pass_fds=[theirs.fileno()], capture_output=True, text=True, timeout=30,
+            [program, *options, *rest], pass_fds=[theirs.fileno()], capture_output=True, text=True, timeout=100,
             env={**os.environ, "UPIPE_WORKER_FD": str(theirs.fileno())},
         )  # fmt: skip
         ours.setblocking(False)
@@ -65,7 +65,7 @@ def test_a_python_that_cannot_import_upipe_says_so_over_the_control_socket() -> 
         capture_output=True,
         text=True,
         cwd="/",
-        timeout=30,
+        timeout=100,
         env={**os.environ, "UPIPE_WORKER_FD": str(theirs.fileno())},
     )
     told = messages.decode_from_worker(ours.recv(messages.PACKET))

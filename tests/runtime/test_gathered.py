@@ -11,7 +11,7 @@ from upipe import MemQ
 from upipe.errors import EndOfStream
 from upipe.runtime.gathered import Gathered
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ async def test_while_nobody_reads_the_newest_are_kept_and_the_rest_is_counted(qu
     one.rewire(named(queue))
     one.set_policy(1)
     for value in range(1000):
-        await queue.aput(value, timeout=10.0)
+        await queue.aput(value, timeout=60.0)
         await asyncio.sleep(0)
     one.set_policy(0)
     stats = queue.stats()

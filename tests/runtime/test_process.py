@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support import crowded
 from upipe.runtime import messages
 from upipe.runtime.messages import Exited, Paused, Raised, Spawn, Spawned
 from upipe.runtime.osproc import kill_session, wait_dead
@@ -22,6 +24,7 @@ SLEEP = ("sleep", "1000")
 
 @pytest.fixture(params=["fork", "exec"])
 def server(request: pytest.FixtureRequest) -> Iterator[ForkServer]:
+    gc.collect()  # what other tests left goes now, and not between the two looks
     before = os.listdir("/proc/self/fd")
     one = ForkServer(request.param)
     yield one
@@ -39,7 +42,7 @@ class Hearing:
         self.pending: list[messages.FromServer] = []
         self.pidfds: list[int] = []
 
-    def next(self, seconds: float = 10.0) -> messages.FromServer:
+    def next(self, seconds: float = 60.0) -> messages.FromServer:
         while not self.pending:
             assert select.select([self.server.sock], [], [], seconds)[0], "the server says nothing"
             for message, pidfd in self.server.read():
@@ -102,7 +105,7 @@ def test_many_requests_at_once_do_not_block(server: ForkServer, heard: Hearing) 
     began = time.monotonic()
     for number in range(count):
         spawn(server, "true", name=f"a#{number}")
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 2 * crowded()
     ended = set()
     while len(ended) < count:
         message = heard.next()
@@ -116,7 +119,7 @@ def test_its_own_death_is_the_end_of_the_socket_and_of_everything_below(server: 
     os.kill(server.pid, signal.SIGKILL)
     with pytest.raises(EOFError):
         heard.next()
-    assert wait_dead(heard.pidfds[0], 5)
+    assert wait_dead(heard.pidfds[0], 60)
     server.close()
     assert not in_session(server.pid)
 
@@ -126,7 +129,7 @@ def test_close_ends_a_server_that_was_stopped(server: ForkServer, heard: Hearing
     assert isinstance(heard.next(), Spawned)
     os.kill(server.pid, signal.SIGSTOP)
     server.close()
-    assert wait_dead(heard.pidfds[0], 5)
+    assert wait_dead(heard.pidfds[0], 60)
     assert not in_session(server.pid)
 
 
@@ -142,7 +145,7 @@ def test_the_guard_is_replaced(server: ForkServer, heard: Hearing) -> None:
 
 def another(server: ForkServer, known: list[int]) -> int:
     """A process of its session that is not known yet."""
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while time.monotonic() < end:
         for pid in in_session(server.pid):
             if pid not in known:
@@ -171,18 +174,19 @@ def test_kill_session() -> None:
     with leader.stdout as out:
         assert out.readline() == b"up\n"
     kill_session(leader.pid)
-    assert leader.wait(5) is not None
+    assert leader.wait(60) is not None
     assert not in_session(leader.pid)
 
 
 def test_no_process_to_be_had() -> None:
-    """Under RLIMIT_NPROC (not for root, so as another user) the fork is refused, and said so."""
+    """Under RLIMIT_NPROC (not for root, so as another user) the fork is refused, and said so. The limit counts all
+    processes of a user: of one who has no others."""
     code = """
 import os, resource, select, sys
 from upipe.runtime import messages
 from upipe.runtime.messages import Refused, Spawn
 from upipe.runtime.process import ForkServer
-os.setgroups([]); os.setgid(65534); os.setuid(65534)
+os.setgroups([]); os.setgid(65534); os.setuid(int(sys.argv[2]))
 os.environ["UPIPE_SHM"] = sys.argv[1]
 resource.setrlimit(resource.RLIMIT_NPROC, (3, 3))
 server = ForkServer("fork")
@@ -199,10 +203,10 @@ server.close()
     if os.getuid() != 0:
         pytest.skip("needs root to become another user")
     done = subprocess.run(
-        [sys.executable, "-c", code, f"/dev/shm/upipe-test-nobody-{os.getpid()}"],
+        [sys.executable, "-c", code, f"/dev/shm/upipe-test-nobody-{os.getpid()}", str(1_000_000 + os.getpid())],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )

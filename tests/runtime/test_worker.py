@@ -157,24 +157,24 @@ def test_a_running_worker_takes_its_new_queues_and_leaves_the_old() -> None:
     for one in (first, second):
         one.use_producer(0, 1)
     first.put(1)
-    assert third.get(timeout=20) == (1, "a")
+    assert third.get(timeout=60) == (1, "a")
     names = [one.name.split("/")[1] for one in queues]
     told = Rewire((names[0], names[1]), ("a", "b"), (OutputPlan("next", (names[3],), 0),))
     ours.send(messages.encode(told))
     second.put(2)  # it sleeps, on the first queue alone
-    assert late.get(timeout=20) == (2, "b")
+    assert late.get(timeout=60) == (2, "b")
     with pytest.raises(EndOfStream):
-        third.get(timeout=20)  # it has closed its end there
+        third.get(timeout=60)  # it has closed its end there
     ours.send(messages.encode(Rewire((names[1],), ("b",), told.outputs)))
     ours.send(messages.encode(Rewire((names[1], "gone"), ("b", "c"), told.outputs)))  # not there: nothing changes
     for number in range(100):
         second.put(number)
-        assert late.get(timeout=20) == (number, "b")
+        assert late.get(timeout=60) == (number, "b")
     second.close_producer(0)
     with pytest.raises(EndOfStream):
-        late.get(timeout=20)
+        late.get(timeout=60)
     assert messages.decode_from_worker(ours.recv(messages.PACKET)) == messages.Done()
-    child.join(20)
+    child.join(60)
     assert child.exitcode == 0 and second.stats().finished == 101
     ours.close()
     for one in queues:

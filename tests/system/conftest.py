@@ -7,10 +7,12 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import Empty
 
 import pytest
 
 from tests.system.support import Script, descendants, segment, stat, until
+from upipe.memq import MemQ
 from upipe.runtime import process
 
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans come to us, so that we can count them
@@ -35,6 +37,17 @@ def _children() -> list[int]:
     return found
 
 
+@pytest.fixture(scope="session", autouse=True)
+def lookout() -> None:
+    """The thread that watches for naps has a descriptor, and begins once in a process, when naps are frequent: which
+    test makes it begin depends on the timing."""
+    with MemQ(4096, producers=2) as queue:
+        for _ in range(50):
+            with pytest.raises(Empty):
+                queue.get(timeout=0.001)
+    assert any(task.joinpath("comm").read_text() == "upipe-lookout\n" for task in Path("/proc/self/task").iterdir())
+
+
 @pytest.fixture(autouse=True)
 def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Around every test."""
@@ -54,7 +67,7 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sessions = set(os.listdir(segment.root()))
     yield
     gc.collect()
-    until(lambda: not set(descendants(os.getpid())) - running, 5, "processes end")
+    until(lambda: not set(descendants(os.getpid())) - running, what="processes end")
     zombies = [pid for pid in _children() if (told := stat(pid)) and told[0] == "Z"]
     assert not set(zombies) & set(servers), f"fork servers were not reaped: {zombies}"
     for pid in zombies:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,11 +41,13 @@ def number_of(value: Any) -> int:
     return int(number)
 
 
-def reader(count: int) -> Any:
-    """A generator function of so many sized values."""
+def reader(count: int, gate: Path | None = None) -> Any:
+    """A generator function of so many sized values; the second half waits for the file `gate`."""
 
     def read() -> Iterator[Any]:
         for number in range(count):
+            while gate is not None and number == count // 2 and not gate.exists():
+                time.sleep(0.01)
             yield sized(number)
 
     return read

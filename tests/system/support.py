@@ -18,9 +18,11 @@ from upipe.runtime.local import LocalRunner
 ROOT = Path(__file__).resolve().parents[2]
 LONG = bool(os.environ.get("UPIPE_LONG"))
 MARK = "UPIPE_TEST_MARK"
+LONGEST = 60.0
+"""Seconds to wait for what comes in one, on a busy machine: only to end a test that hangs."""
 
 
-def until(condition: Callable[[], object], seconds: float = 10.0, what: str = "") -> float:
+def until(condition: Callable[[], object], seconds: float = LONGEST, what: str = "") -> float:
     """Wait for a condition; returns the seconds it took."""
     began = time.monotonic()
     while not condition():
@@ -29,7 +31,7 @@ def until(condition: Callable[[], object], seconds: float = 10.0, what: str = ""
     return time.monotonic() - began
 
 
-async def auntil(condition: Callable[[], object], seconds: float = 10.0, what: str = "") -> float:
+async def auntil(condition: Callable[[], object], seconds: float = LONGEST, what: str = "") -> float:
     """until() that lets the event loop run."""
     began = time.monotonic()
     while not condition():
@@ -122,7 +124,7 @@ class Script:
         """Its next line of output."""
         assert self.process.stdout is not None
         text = self.process.stdout.readline()
-        assert text, f"{self.path} ended without a word: {self.process.wait(10)}"
+        assert text, f"{self.path} ended without a word: {self.process.wait(LONGEST)}"
         return text.strip()
 
     def until_line(self, text: str) -> None:
@@ -136,7 +138,7 @@ class Script:
 
     def end(self) -> tuple[int, str]:
         """Wait; returns its status and the rest of its output."""
-        out, _ = self.process.communicate(timeout=60)
+        out, _ = self.process.communicate(timeout=LONGEST)
         return self.process.returncode, out
 
     def leftovers(self) -> list[str]:
@@ -149,7 +151,7 @@ class Script:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass  # it ended
-        self.process.wait(10)
+        self.process.wait(LONGEST)
         if self.process.stdout is not None:
             self.process.stdout.close()
         import shutil

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import crowded
 from tests.system import jobs
-from tests.system.support import Script, auntil, kill, worker_pids
+from tests.system.support import LONGEST, Script, auntil, kill, worker_pids
 from upipe import Pipe, PipeFailed, Processor, Settings
 from upipe.runtime import hearing
 from upipe.runtime.local import LocalRunner
@@ -41,10 +42,10 @@ async def test_stop_while_queues_are_full() -> None:
     await auntil(lambda: all(edge.depth > edge.capacity // 2 for edge in pipe.stats().edges[:2]))
     began = time.monotonic()
     report = await pipe.stop()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 2 * crowded()
     assert report.state == "stopped" and report.balanced
     with pytest.raises(Exception, match=r"stopped|closed|takes nothing"):
-        await asyncio.wait_for(emitting, 5)
+        await asyncio.wait_for(emitting, LONGEST)
 
 
 async def test_stop_ends_calls_and_results() -> None:
@@ -56,8 +57,8 @@ async def test_stop_ends_calls_and_results() -> None:
     await auntil(lambda: any(edge.emitted for edge in pipe.stats().edges))
     await pipe.stop()
     with pytest.raises(Exception, match="stopped"):
-        await asyncio.wait_for(call, 5)
-    assert await asyncio.wait_for(results, 5) == "end"
+        await asyncio.wait_for(call, LONGEST)
+    assert await asyncio.wait_for(results, LONGEST) == "end"
     assert (await pipe.stop()).state == "stopped"  # again
 
 
@@ -68,7 +69,7 @@ async def test_terminate_drains_mapped_roots(method: str) -> None:
     await pipe.start()
     for number in range(300):
         assert await pipe.emit(number)
-    report = await pipe.terminate(20)
+    report = await pipe.terminate(LONGEST)
     assert report.state == "completed" and report.balanced
     assert [(edge.emitted, edge.finished, edge.in_flight) for edge in report.edges] == [(300, 300, 0), (300, 300, 0)]
 
@@ -80,7 +81,7 @@ async def test_terminate_ends_sources_and_drivers(root: str) -> None:
     pipe.chain(Processor(root, code), Processor("same", jobs.identity), Processor("sink", jobs.sink))
     await pipe.start()
     await auntil(lambda: pipe.stats().edges[1].finished > 100)
-    report = await pipe.terminate(20)
+    report = await pipe.terminate(LONGEST)
     assert report.state == "completed" and report.balanced
     assert all(edge.in_flight == 0 for edge in report.edges)
 
@@ -98,7 +99,8 @@ async def test_a_forgotten_pipe_ends_with_a_warning() -> None:
     pipe = Pipe("forgotten", settings=FORK)
     pipe.add(Processor("same", jobs.identity))
     await pipe.start()
-    assert await pipe.call(1, timeout=10) == 1
+    assert await pipe.call(1, timeout=60) == 1
+    gc.collect()  # what other tests left
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         del pipe
@@ -148,7 +150,7 @@ async def test_two_pipes_at_once() -> None:
     await asyncio.gather(*[pipe.start() for pipe in pipes])
     await asyncio.gather(*[_read(pipe, 200 * (number + 1)) for number, pipe in enumerate(pipes)])
     await pipes[0].stop()
-    assert (await pipes[1].wait_for_completion(10)).state == "completed"
+    assert (await pipes[1].wait_for_completion(LONGEST)).state == "completed"
 
 
 async def _read(pipe: Pipe, count: int) -> None:
@@ -162,11 +164,11 @@ def test_a_pipe_in_a_thread(method: str) -> None:
     def body() -> None:
         pipe = Pipe("thread", settings=Settings(start_method=method))
         pipe.chain(Processor("read", jobs.count_up(100)), Processor("sink", jobs.sink))
-        found.append(pipe.run(20))
+        found.append(pipe.run(LONGEST))
 
     thread = threading.Thread(target=body)
     thread.start()
-    thread.join(30)
+    thread.join(LONGEST)
     assert str(found[0]).startswith("pipe thread: completed")
 
 
@@ -178,7 +180,7 @@ async def test_the_same_declaration_again() -> None:
         pipe.add(read)
         await pipe.start()
         await _read(pipe, 20)
-        await pipe.wait_for_completion(10)
+        await pipe.wait_for_completion(LONGEST)
 
 
 async def test_uvloop_as_the_callers_loop(script: Callable[..., Script]) -> None:
@@ -192,7 +194,7 @@ async def main():
         pipe = Pipe("uv", settings=Settings(start_method=method))
         pipe.add(Processor("double", double, workers=2))
         async with pipe:
-            print([await pipe.call(number, timeout=20) for number in range(3)])
+            print([await pipe.call(number, timeout=60) for number in range(3)])
 uvloop.run(main())
 """)
     assert one.end() == (0, "[0, 2, 4]\n" * 2)
@@ -207,7 +209,7 @@ async def test_what_a_callback_raises_fails_the_pipe(monkeypatch: pytest.MonkeyP
     runner = runner_of(pipe)
     kill(runner, "stuck#0")  # it is restarted, and what it says then cannot be read
     with pytest.raises(PipeFailed, match=r"a bug of it[\s\S]*ZeroDivisionError"):
-        await pipe.wait_for_completion(10)
+        await pipe.wait_for_completion(LONGEST)
 
 
 async def test_code_that_cannot_load_fails_the_start() -> None:
@@ -216,7 +218,7 @@ async def test_code_that_cannot_load_fails_the_start() -> None:
     began = time.monotonic()
     with pytest.raises(PipeFailed, match=r"'broken'.*cannot load its code.*no good at all"):
         await pipe.start()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 5 * crowded()
 
 
 class Broken:
@@ -236,7 +238,7 @@ class Never:
 async def test_start_has_a_deadline() -> None:
     pipe = Pipe("never", settings=Settings(start_method="fork", start_deadline=0.3))
     pipe.chain(Processor("never", Never), Processor("sink", jobs.sink))
-    with pytest.raises(PipeFailed, match=r"never#0 were not ready within 0.3 s"):
+    with pytest.raises(PipeFailed, match=r"never#0(, sink#0)? were not ready within 0.3 s"):
         await pipe.start()
 
 
@@ -268,12 +270,12 @@ async def test_a_script_that_never_connects_fails_soon_and_tells_its_last_words(
     began = time.monotonic()
     with pytest.raises(PipeFailed, match=r"(?s)entry\.py ended 3 times and never once .*no --model was given") as told:
         await _run(pipe)
-    assert "exit status 2" in str(told.value) and time.monotonic() - began < 15
+    assert "exit status 2" in str(told.value) and time.monotonic() - began < 15 * crowded()
 
 
 async def _run(pipe: Pipe) -> None:
     await pipe.start()
-    await pipe.wait_for_completion(20)
+    await pipe.wait_for_completion(LONGEST)
 
 
 NO_MEMORY = """
@@ -302,7 +304,7 @@ async def main():
     pipe = Pipe("p", settings=Settings(edge_bytes=1 << 16, sink_bytes=1 << 16, start_method=sys.argv[1]))
     pipe.add(Processor("same", same))
     async with pipe:
-        print(await pipe.call(7, timeout=20))
+        print(await pipe.call(7, timeout=60))
 asyncio.run(main())
 """
 
@@ -342,19 +344,19 @@ def same(value):
 async def main():
     for limit in [*range(len(os.listdir("/proc/self/fd")), 40), 45, 50, 55, 59]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, 4096))
-        pipe = Pipe("p", settings=Settings(start_method=sys.argv[1], start_deadline=10.0))
+        pipe = Pipe("p", settings=Settings(start_method=sys.argv[1], start_deadline=60.0))
         pipe.chain(*[Processor(f"p{number}", same, workers=3) for number in range(3)])
         began = time.monotonic()
         try:
             await pipe.start()
             if limit > 57:
-                assert await pipe.call(1, timeout=10) == 1
+                assert await pipe.call(1, timeout=60) == 1
             await pipe.stop()
         except (PipeFailed, QueueError) as error:
             assert "descriptor" in str(error) or "Too many open files" in str(error), error
         except OSError as error:
             assert error.errno == 24, error
-        assert time.monotonic() - began < 8, limit
+        assert time.monotonic() - began < 50, limit
         del pipe
     print("done")
 asyncio.run(main())

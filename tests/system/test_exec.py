@@ -33,7 +33,7 @@ async def main(method):
     again = Processor("again", beside.Again)
     pipe.chain(Processor("here", here), Processor("beside", beside.plus_one), Processor("adder", Adder), again)
     async with pipe:
-        return [await pipe.call(number, timeout=20) for number in range(4)]
+        return [await pipe.call(number, timeout=60) for number in range(4)]
 
 if __name__ == "__main__":
     for method in ("fork", "exec"):

@@ -22,7 +22,7 @@ async def test_chain(method: str) -> None:
     )
     await pipe.start()
     assert sorted([value async for value in pipe.results()]) == list(range(0, 1000, 2))
-    report = await pipe.wait_for_completion(10)
+    report = await pipe.wait_for_completion(60)
     assert report.balanced and report.state == "completed"
 
 
@@ -31,7 +31,7 @@ async def test_call(method: str) -> None:
     pipe = Pipe("call", settings=Settings(start_method=method))
     pipe.add(Processor("double", jobs.double))
     async with pipe:
-        assert [await pipe.call(number, timeout=10) for number in range(20)] == list(range(0, 40, 2))
+        assert [await pipe.call(number, timeout=60) for number in range(20)] == list(range(0, 40, 2))
 
 
 def title(_: object) -> str:
@@ -42,4 +42,4 @@ async def test_workers_have_their_names_in_ps_and_top() -> None:
     pipe = Pipe("named")
     pipe.add(Processor("a-rather-long-name", title, workers=1))
     async with pipe:
-        assert await pipe.call(0, timeout=10) == "a-rather-long#0"
+        assert await pipe.call(0, timeout=60) == "a-rather-long#0"

@@ -182,6 +182,9 @@ cdef class Sleeper(Handle):
                 return True  # else another try could only find the same
         w.fresh = False
         try:
+            # A signal that came while we tried, spun and armed has only set Python's flag, for want of a system call to
+            # interrupt: a sleep without end would keep its handler (Ctrl-C) from running.
+            PyErr_CheckSignals()
             bell = self._bell(w.producer)
             if w.naps and bell.nap != NULL:
                 rc = self._nap(w, bell.nap)

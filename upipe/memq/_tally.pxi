@@ -60,6 +60,7 @@ cdef class Tally:
         cdef uint32_t zeros = <uint32_t>UP_LDA(self.at + 1)
         cdef int rc
         while UP_LDA(self.at) and zeros == <uint32_t>UP_LDA(self.at + 1):
+            PyErr_CheckSignals()  # of one that came before the system call that it would interrupt
             with nogil:
                 rc = up_tally_wait(self.at, zeros)
             if rc != 0 and errno == EINTR:

@@ -17,7 +17,7 @@ import msgspec
 
 from upipe.cluster import agent, options, tls
 
-LIFE, RENEW, LOOK = 4.0, 1.0, 0.25
+LIFE, RENEW, LOOK = 8.0, 1.0, 0.25
 
 
 def other_version():
