@@ -137,13 +137,15 @@ def test_no_wake_up_is_lost_between_a_commit_and_a_sleeper(build):
     run(build("ring_test.c", "production"), "fence", 20 if LONG else 2)
 
 
+@pytest.mark.alone
 def test_the_litmus_test_sees_that_a_fence_is_missing(build):
-    """x86 too lets the load of the waiting bits pass the store of the commit: a loss shows within milliseconds."""
+    """x86 too lets the load of the waiting bits pass the store of the commit: a loss shows within milliseconds, where
+    both threads run at the same time. Beside other work they rarely do."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two threads on one core never miss each other")
     program = build("ring_test.c", "fenceless")
     place = {**os.environ, "TMPDIR": str(program.parent)}
-    done = subprocess.run([program, "fence", "30"], capture_output=True, text=True, timeout=300, env=place)
+    done = subprocess.run([program, "fence", "200"], capture_output=True, text=True, timeout=300, env=place)
     assert done.returncode == 1, done.stdout
     assert "a wake-up was lost" in done.stdout
 
