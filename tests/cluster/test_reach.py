@@ -103,7 +103,7 @@ async def test_nobody_is_one_sentence_that_names_what_was_tried() -> None:
     text = str(caught.value)
     assert "the agent of this host" in text and "127.0.0.1:1" in text and "127.0.0.1:2" in text
     assert text.endswith("Start one with `upipe-node`, or name one: HOST:PORT") and "\n" not in text
-    with pytest.raises(NoAgent, match="multicast DNS: nobody answered within 2 s"):
+    with pytest.raises(NoAgent, match="multicast DNS: nobody answered within 3 s"):
         await reach.reach("auto", browse=nobody)
 
 

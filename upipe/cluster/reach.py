@@ -35,10 +35,10 @@ from upipe.settings import Certificates
 
 SOCKET = "node.sock"
 """Of an agent, in its data directory."""
-BROWSE = 2.0
+BROWSE = 3.0
 """Seconds to listen for advertisements. Longer finds an agent in a slow network, and makes the failure slower."""
-ASK = 3.0
-"""Seconds that a candidate has to answer."""
+ASK = 6.0
+"""Seconds that a candidate has to answer: a busy host takes some for a handshake."""
 ASKED, MOST = 16, 64
 """Advertised addresses that are asked at a time, and in all: more are a flood."""
 SEARCH = 10.0
