@@ -245,3 +245,10 @@ def test_a_certificate_of_an_unknown_ca_is_refused(tmp_path: Path) -> None:
     own.ca.write_bytes(tls.authority(SECRET)[1].public_bytes(tls.Encoding.PEM))
     with pytest.raises(CertificateError, match="holds no such CA"):
         own.bring()
+
+
+def test_the_last_second_of_a_certificate_belongs_to_it() -> None:
+    begins, ends = datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 1, 8, tzinfo=UTC)
+    assert not tls.expiry(begins, ends, begins) and not tls.expiry(begins, ends, ends + timedelta(seconds=0.9))
+    assert "expired at 2026-01-08" in tls.expiry(begins, ends, ends + timedelta(seconds=1))
+    assert "is valid from 2026-01-01" in tls.expiry(begins, ends, begins - timedelta(seconds=0.1))

@@ -248,8 +248,9 @@ def bring(own: Certificates, identity: Identity, now: datetime | None = None) ->
 
 
 def expiry(begins: datetime, ends: datetime, now: datetime) -> str:
-    """What is wrong with the dates of a certificate; "" when nothing is."""
-    if now > ends:
+    """What is wrong with the dates of a certificate; "" when nothing is. Its last second belongs to it (RFC 5280; so
+    does OpenSSL 4 see it, while 3 ends it a second earlier)."""
+    if now.replace(microsecond=0) > ends:
         return f"expired at {ends:%Y-%m-%d %H:%M} UTC (now: {now:%Y-%m-%d %H:%M}): renew it, or set this host's clock"
     if now < begins:
         return f"is valid from {begins:%Y-%m-%d %H:%M} UTC on (now: {now:%Y-%m-%d %H:%M}): set this host's clock"
