@@ -87,20 +87,19 @@ async def test_where_no_keeper_starts_nothing_runs_and_the_pipe_fails_when_no_no
     monkeypatch.setattr(part, "AGAIN", 0.01)
     async with running(tmp_path, "left", "right") as nodes, nodes[0].client() as there:
         ids = {node.id for node in nodes}
-        anywhere = tuple(msgspec.structs.replace(one, place=Place()) for one in SPEC.processors)
-        known, tried = nodes[0].agent.pipes.known, 0
-        for sick in nodes:  # one of them is the first choice
+        anywhere = tuple(msgspec.structs.replace(one, place=Place(how="spread"), workers=2) for one in SPEC.processors)
+        packed = tuple(msgspec.structs.replace(one, place=Place()) for one in SPEC.processors)
+        known = nodes[0].agent.pipes.known
+        for sick in nodes:  # spread: some of the pipe is to run there first
             sick.engines.crew.stillborn = ["no memory"] * part.TRIES
             await there.call(routes.SUBMIT, msgspec.structs.replace(request(processors=anywhere), id=f"on-{sick.id}"))
             await until(lambda sick=sick: known.info(f"on-{sick.id}").told.up, 10)
             [well] = ids - {sick.id}
-            assert known.info(f"on-{sick.id}").seats == {"a": (well,), "b": (well,)}
-            tried += not sick.engines.crew.stillborn
-            sick.engines.crew.stillborn = []
-        assert tried
+            assert known.info(f"on-{sick.id}").seats == {"a": (well, well), "b": (well, well)}
+            assert not sick.engines.crew.stillborn, "it was tried there"
         for node in nodes:
             node.engines.crew.stillborn = ["no memory"] * part.TRIES
-        await there.call(routes.SUBMIT, request(processors=anywhere))
+        await there.call(routes.SUBMIT, request(processors=packed))
         await until(lambda: info(nodes[0]).told.state == "failed", 10)
         said = "node {} cannot start a keeper for the pipe (3 tries): no memory"
         assert set(info(nodes[0]).told.reasons) == {said.format(node.id) for node in nodes}
