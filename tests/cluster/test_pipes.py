@@ -98,7 +98,7 @@ async def test_where_no_keeper_starts_nothing_runs_and_the_pipe_fails_when_no_no
             assert known.info(f"on-{sick.id}").seats == {"a": (well, well), "b": (well, well)}
             assert not sick.engines.crew.stillborn, "it was tried there"
         for node in nodes:
-            node.engines.crew.stillborn = ["no memory"] * part.TRIES
+            node.engines.crew.stillborn = ["no memory"] * 20 * part.TRIES  # more than are asked for
         await there.call(routes.SUBMIT, request(processors=packed))
         await until(lambda: info(nodes[0]).told.state == "failed", 10)
         said = "node {} cannot start a keeper for the pipe (3 tries): no memory"

@@ -10,7 +10,7 @@ import signal
 
 import pytest
 
-from tests.memq.helpers import FORK, Thread, asleep, descriptors, end, few_descriptors, kill, until, waiting
+from tests.memq.helpers import Thread, asleep, descriptors, end, few_descriptors, holder, kill, until, waiting
 from upipe.memq import segment
 from upipe.memq.queue import Empty, MemQ
 from upipe.memq.wakeup import AsyncWait, Bell, PeerWatch
@@ -251,15 +251,7 @@ async def test_a_handle_closed_by_another_thread_lets_the_loop_go_first(queue):
 def test_a_peers_death_wakes_a_task_while_its_loop_runs(queue, child):
     q = queue()
     q.put(1)
-    holds = FORK.Event()
-
-    def dies():
-        q.take()
-        holds.set()
-        signal.pause()
-
-    p = child(dies)
-    assert holds.wait(60)
+    p = holder(q, child)
 
     async def main():
         tasks = [asyncio.create_task(q.aget()) for _ in range(4)]

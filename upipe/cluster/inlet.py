@@ -25,7 +25,7 @@ SWIFT = 0.02
 
 @runtime_checkable
 class Takes(Protocol):
-    """A TLS connection that gives what is there beside its transport: TlsRecords, or tls_engine.FastRecords."""
+    """A TLS connection that gives what is there beside its transport: TlsRecords, or tls_records.FastRecords."""
 
     def take(self, buffer: memoryview) -> int:
         """Fill the buffer with what is there already. Less: there is no more, or the event loop will find out why."""

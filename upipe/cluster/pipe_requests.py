@@ -8,6 +8,7 @@ from collections.abc import Callable
 from upipe.cluster import wire
 from upipe.cluster.address import Address
 from upipe.cluster.dealings import DrainPipe, StopPipe
+from upipe.cluster.desk import BROKEN
 from upipe.cluster.known_pipes import told_of
 from upipe.cluster.layout import cluster_problems
 from upipe.cluster.messages import NodeInfo
@@ -21,11 +22,8 @@ from upipe.cluster.server import refuse
 from upipe.errors import ClusterError
 from upipe.graph.validate import problems
 
-FAREWELL = 15.0
-"""Seconds for which it is tried to end the pipes of a script that has ended. Then they are missed anyway (desk.BROKEN).
-"""
 AGAIN = 1.0
-"""Seconds between two tries."""
+"""Seconds between two tries to end the pipes of a script that has ended."""
 
 
 class PipeRequests:
@@ -106,7 +104,7 @@ class PipeRequests:
         Args:
             job: as in Record.job.
         """
-        until = self._loop.time() + FAREWELL
+        until = self._loop.time() + BROKEN  # then their client is missed anyway
         while (left := self._begun_by(job)) and self._loop.time() < until:
             for pipe in left:
                 try:
