@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import glob
 import os
 import socket
 from contextlib import suppress
@@ -18,6 +19,24 @@ QUICK = RestartPolicy(limit=0, backoff=0.01, backoff_max=0.05)
 def crowded() -> float:
     """How many times as long as on an idle machine something may take now: other work on it is no fault of ours."""
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def files(root: Path, pattern: str) -> list[Path]:
+    """Path.glob that bears that others remove what it walks through (Python 3.11's raises)."""
+    return [root / found for found in glob.glob(pattern, root_dir=root, recursive=True, include_hidden=True)]
+
+
+def proc_words(path: str | Path) -> list[str]:
+    """Of a file in /proc; none if what it tells of has just ended."""
+    try:
+        return Path(path).read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def threads(name: str) -> int:
+    """How many threads of this process are called this."""
+    return sum(proc_words(f"/proc/self/task/{one}/comm") == [name] for one in os.listdir("/proc/self/task"))
 
 
 def free_port() -> int:

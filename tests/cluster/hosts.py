@@ -30,6 +30,7 @@ import msgspec
 from tests.cluster.disks import SmallDisk
 from tests.cluster.netns import Lan, lan_of
 from tests.cluster.oracle import Sighting
+from tests.support import files, proc_words
 from upipe.cluster import routes, token
 from upipe.cluster.client import Client, Target
 from upipe.cluster.dealings import Save
@@ -217,12 +218,12 @@ class Hosts:
         told = []
         for host in range(self.lan.hosts):
             told.append(f"--- h{host} is {self.node_id(host)}")
-            for path in self.data(host).glob("records/[!.]*"):
+            for path in files(self.data(host), "records/[!.]*"):
                 one = msgspec.msgpack.decode(path.read_bytes(), type=Save).record
                 told.append(f"record {one.fence} of {one.coordinator}, {one.state} {one.reasons}: "
                             f"{one.layout.placement.seats} wanted {one.wanted.seats} "
                             f"ended {one.ended} evicted {one.evicted}")
-            for path in self.data(host).glob("pipes/*"):
+            for path in files(self.data(host), "pipes/*"):
                 said = asyncio.run(news(path))
                 told.append(f"keeper: {said and (said.fence, said.present, said.left, said.ended, said.workers)}")
         return "\n".join([*told, self.told()])
@@ -236,7 +237,7 @@ class Hosts:
                 with contextlib.suppress(OSError):
                     words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                     told.append(f"{Path(f'/proc/{pid}/stat').read_text()[:60]} | {words[:200]}")
-            told += [str(path) for path in self.shm(host).glob("*/*")]
+            told += [str(path) for path in files(self.shm(host), "*/*")]
         try:
             return "\n".join([*told, self.state()])
         except Exception as error:  # the failure that it shall explain counts
@@ -256,7 +257,7 @@ class Hosts:
         """Node ids, each time that one was given up or lost its keeper; of traced hosts. From the records: what counts
         is that a coordinator evicted it, not what somebody suspected."""
         found: set[tuple[str, str]] = set()
-        for path in self.directory.glob("trace-*"):
+        for path in files(self.directory, "trace-*"):
             for evicted in re.findall(r" -> Save .* evicted \{(.*?)\}", path.read_text()):
                 found.update(re.findall(r"'(\w+)': (\d+)", evicted))
         return [node for node, _ in sorted(found)]
@@ -316,10 +317,11 @@ def left(hosts: Hosts) -> list[str]:
     for host, agent in hosts.agents.items():
         found += [f"process {pid} on h{host}" for pid in hosts.processes(host) if pid != agent.pid]
         found += [f"zombie {pid} on h{host}" for pid in zombies(agent.pid)]
-        found += [str(path) for path in hosts.shm(host).glob("*/*") if path.parent.name.split("-")[0] != str(agent.pid)]
-        found += [str(path) for path in hosts.data(host).glob("pipes/*/*.sock")]
-        found += [str(path) for path in hosts.data(host).glob("parts/*")]
-        found += [record(path) for path in hosts.data(host).glob("records/[!.]*") if not path.name.endswith("@ended")]
+        sessions = files(hosts.shm(host), "*/*")
+        found += [str(path) for path in sessions if path.parent.name.split("-")[0] != str(agent.pid)]
+        found += [str(path) for path in files(hosts.data(host), "pipes/*/*.sock")]
+        found += [str(path) for path in files(hosts.data(host), "parts/*")]
+        found += [record(path) for path in files(hosts.data(host), "records/[!.]*") if not path.name.endswith("@ended")]
     return found
 
 
@@ -335,5 +337,5 @@ def record(path: Path) -> str:
 
 def zombies(parent: int) -> list[int]:
     """Children that nobody waited for."""
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return [int(one) for one in children if ") Z " in Path(f"/proc/{one}/stat").read_text()]
+    children = proc_words(f"/proc/{parent}/task/{parent}/children")
+    return [int(one) for one in children if "Z" in proc_words(f"/proc/{one}/stat")]

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.support import files
+
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples"
 _AUDIT = """\
@@ -55,7 +57,7 @@ def shared_memory() -> Iterator[Path]:
 
 def left_behind(root: Path) -> list[str]:
     """Files of a root, and processes that still live with it."""
-    found = [str(path) for path in root.rglob("*")]
+    found = [str(path) for path in files(root, "**/*")]
     for process in psutil.process_iter():
         try:
             if process.environ().get("UPIPE_SHM") == str(root) and process.status() != psutil.STATUS_ZOMBIE:

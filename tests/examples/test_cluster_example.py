@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.netns import Lan, lan_of
+from tests.support import files
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "examples" / "04_cluster" / "README.md"
@@ -95,7 +96,7 @@ class Shells:
             assert node.returncode == 0, told
             assert "Traceback" not in told
         for host in "ab":
-            assert [str(path) for path in self.shm(host).rglob("*")] == []
+            assert [str(path) for path in files(self.shm(host), "**/*")] == []
             self.shm(host).rmdir()
 
 

@@ -13,6 +13,7 @@ from queue import Empty
 import pytest
 
 from tests.memq.helpers import DEADLINE, FORK, Thread, end, few_descriptors, kill, until
+from tests.support import threads
 from upipe.errors import QueueClosed
 from upipe.memq import segment
 from upipe.memq._ring import Lull, Ring
@@ -39,11 +40,6 @@ def sleeps_in(thread: int, how: str) -> bool:
     call = task.joinpath("syscall").read_text().split()
     nap = "futex" in task.joinpath("wchan").read_text() and len(call) > 2 and call[2] == "0x0"
     return nap if how == "nap" else "poll" in task.joinpath("wchan").read_text()
-
-
-def lookouts() -> int:
-    """Threads of this process that watch for naps."""
-    return sum(task.joinpath("comm").read_text() == "upipe-lookout\n" for task in Path("/proc/self/task").iterdir())
 
 
 def test_a_thread_that_naps_is_woken_by_a_frame_and_by_close(queue):
@@ -129,7 +125,7 @@ def nap_often(q) -> None:
     for _ in range(TRIPS):
         with pytest.raises(Empty):
             q.get(timeout=0.001)
-    assert lookouts() == 1
+    assert threads("upipe-lookout") == 1
 
 
 def naps_on(q) -> Thread:
@@ -159,7 +155,7 @@ def test_a_peer_that_ends_ends_the_nap_of_one_that_naps_often(queue, child):
         getting = naps_on(q)
         kill(peer)
         assert getting.result() == number
-    assert lookouts() == 1
+    assert threads("upipe-lookout") == 1
 
 
 def test_a_newcomer_that_ends_is_noticed_by_one_that_naps_already(queue, child):
@@ -186,7 +182,7 @@ def test_a_forked_child_has_a_lookout_of_its_own(queue, child):
     nap_often(q)
 
     def child_naps() -> None:
-        before = lookouts()
+        before = threads("upipe-lookout")
         nap_often(q)
         back.put(before)
         back.put(q.get(timeout=DEADLINE))

@@ -11,6 +11,7 @@ from queue import Empty
 
 import pytest
 
+from tests.support import proc_words, threads
 from tests.system.support import Script, descendants, segment, stat, until
 from upipe.memq import MemQ
 from upipe.runtime import process
@@ -33,7 +34,7 @@ def _descriptors() -> dict[str, str]:
 def _children() -> list[int]:
     found = []
     for task in os.listdir("/proc/self/task"):
-        found += [int(pid) for pid in Path(f"/proc/self/task/{task}/children").read_text().split()]
+        found += map(int, proc_words(f"/proc/self/task/{task}/children"))
     return found
 
 
@@ -45,7 +46,7 @@ def lookout() -> None:
         for _ in range(50):
             with pytest.raises(Empty):
                 queue.get(timeout=0.001)
-    assert any(task.joinpath("comm").read_text() == "upipe-lookout\n" for task in Path("/proc/self/task").iterdir())
+    assert threads("upipe-lookout")
 
 
 @pytest.fixture(autouse=True)
