@@ -191,6 +191,56 @@ def test_a_coordinator_on_the_small_side_of_a_cut_moves_nothing() -> None:
     assert world.leader.me == "3"
 
 
+def isolated(node: str, seconds: float) -> World:
+    """Four nodes, one of which nobody has heard for a while, nor it them."""
+    world = begun("1234")
+    world.cut = {cut for other in "1234" if other != node for cut in ((node, other), (other, node))}
+    world.settle(int(4 * seconds))
+    world.cut.clear()
+    return world
+
+
+@pytest.mark.parametrize("node", ["2", "1"], ids=["a member", "the coordinator"])
+def test_who_comes_back_takes_nothing_over_from_nodes_that_it_still_takes_for_dead(node: str) -> None:
+    """The network is whole again, and everything arrives, before anybody has met anybody again."""
+    world = isolated(node, 30)
+    runs = {other: dict(keeper.runs) for other, keeper in world.keepers.items() if other != node}
+    evicted = {other: one.record.evicted.keys() for other, one in world.schedulers.items() if other != node}
+    assert set(map(frozenset, evicted.values())) == {frozenset(node)}
+    mine = world.schedulers[node]
+    assert "cannot be reached, and the others are no majority" in mine.held_up(world.now)
+    for _ in range(40):
+        world.tick(0.25)
+        while world.wire:
+            world.deliver(0)
+    assert {other: keeper.runs for other, keeper in world.keepers.items() if other != node} == runs
+    assert all(one.record.evicted.keys() <= {node} for one in world.schedulers.values())
+    for other in "1234":  # and then one after the other, the coordinator last
+        leader = world.leader.me
+        for each in sorted("1234", key=lambda one: one == leader):
+            if each not in world.seen[other]:
+                world.seen[other].add(each)
+                world.event(other, NodeUp(world.nodes[each]))
+                for _ in range(6):
+                    world.tick(0.25)
+                    while world.wire:
+                        world.deliver(0)
+                assert all(one.record.evicted.keys() <= {node} for one in world.schedulers.values())
+    world.heal()
+    healthy(world)
+
+
+def test_what_has_not_come_back_after_a_while_is_dead() -> None:
+    world = isolated("2", 30)
+    world.kill_node("1")
+    world.kill_node("3")
+    world.settle(60)  # two of four are no quorum
+    assert all(one.held_up(world.now) for one in world.schedulers.values()) and len(world.schedulers) == 2
+    world.start_agent("3")
+    world.settle(60)
+    assert healthy(world).evicted.keys() == {"1"}
+
+
 def test_a_node_whose_keeper_died_unseen_is_emptied_before_it_is_used_again() -> None:
     world = begun()
     world.keepers["2"].die()

@@ -2,7 +2,7 @@
 
     member ──run()──▶ candidate ──quorum of Granted──▶ coordinator
       ▲                   │                                 │
-      └───────────────────┴──── a higher epoch is heard ────┘
+      └─────── gives up ──┴──── a higher epoch is heard ────┘
 
 A member promises an epoch to one candidate and refuses everything lower from then on, so a coordinator that was cut off
 learns of its successor from the first member it reaches. What a member answers has been saved before. A coordinator
@@ -97,6 +97,11 @@ class Ballot:
         self.promised_to = self.me
         self._best, self._having = self.kept, {self.me}
         return [self._save(), *self.resend(), *self._won()]
+
+    def give_up(self) -> None:
+        """A candidate is a member again. What it promised itself stays promised."""
+        if self.role == CANDIDATE:
+            self._step_down()
 
     def _won(self) -> list[Command]:
         best = self._best

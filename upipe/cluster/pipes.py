@@ -51,12 +51,10 @@ from upipe.cluster.pipe_commands import SAY_SECONDS, PipeCommands
 from upipe.cluster.record import ENDED, Record
 from upipe.cluster.room import Node
 from upipe.cluster.routes import PIPE
-from upipe.cluster.scheduler import Scheduler
+from upipe.cluster.scheduler import GRACE, Scheduler
 from upipe.cluster.server import refuse
 from upipe.errors import ClusterError, NodeRefused
 
-GRACE = 5.0
-"""Seconds after a start that a pipe waits for its nodes. As long as the death of a node takes to be known."""
 FORGET = 10.0
 """Seconds that a coordinator keeps an ended pipe for members that do not answer."""
 ASK_ENDED, ASK_GOING = 2.0, 30.0

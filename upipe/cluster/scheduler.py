@@ -8,8 +8,10 @@
 
 Every member of a pipe has one. The coordinator turns what it knows into the next record, and tells the nodes what it
 says once it counts; the others keep the record, and take over when the coordinator is dead, in the order of their ids.
-A record that does not count (a coordinator on the small side of a cut) is said again and again, and nothing else
-happens there: workers and mirrors go on as they are.
+Who sees no quorum of the members (the small side of a cut) decides nothing: it neither runs nor plans, and workers and
+mirrors go on as they are. Nor does it at once when the cut has healed: what it knows of the others is old, and messages
+arrive before membership has met everybody again. An agent that ran for the next epoch all the while would be granted
+it by the first that it reaches, and would then move everything away from nodes that it still takes for dead.
 """
 
 from __future__ import annotations
@@ -45,6 +47,9 @@ MOST_STEPS = 16
 """Records in a row for one event, when nobody else has to be waited for."""
 HELD = 3.0
 """Seconds without a quorum until that is told: a takeover, or a record that counts, takes less."""
+GRACE = 5.0
+"""Seconds for the nodes of a pipe to be met (again), after a start or a time without a quorum. As long as the death of
+a node takes to be known."""
 STEP = 0.5
 """Seconds between the candidates for a takeover: the first waits one of them, the next two. Longer than an answer
 takes, so that usually one is enough."""
@@ -81,6 +86,10 @@ class Scheduler:
         self._run_at: float | None = None
         self._held_since: float | None = None
         """Since when there are too few members for anything to change; None: there are enough."""
+        self._quorum: bool | None = None
+        """Whether one is in sight; None: it never was."""
+        self._settle_at: float | None = None
+        """One is in sight again: when what is seen counts at the latest."""
 
     @classmethod
     def submit(
@@ -136,7 +145,8 @@ class Scheduler:
 
     def deadline(self) -> float | None:
         """When to call handle(Tick()) at the latest; None: not before the next event."""
-        return min((due for due in (self._resend_at, self._run_at) if due is not None), default=None)
+        dues = (self._resend_at, self._run_at, self._settle_at)
+        return min((due for due in dues if due is not None), default=None)
 
     def held_up(self, now: float) -> str:
         """Why nothing about this pipe can change here, for the user; "" when it can, or somebody else sees to it."""
@@ -194,22 +204,41 @@ class Scheduler:
     # ------------------------------------------------------------------ going on
 
     def _go_on(self, now: float) -> list[Command]:
-        commands = self._take_over(now)
+        settled = self._settled(now)
+        commands = self._take_over(settled, now)
         if self.ballot.role != COORDINATOR:
             self._arranged = self._told = None
         else:
-            commands += self._lead()
-        held = self.ballot.role == CANDIDATE or self.ballot.pending
+            commands += self._lead(settled)
+        held = self.ballot.role == CANDIDATE or self.ballot.pending or self._quorum is False
         self._held_since = (now if self._held_since is None else self._held_since) if held else None
         return [*commands, *self._say_again(now)]
 
-    def _lead(self) -> list[Command]:
+    def _settled(self, now: float) -> bool:
+        """Whether what is seen of the cluster may decide anything: a quorum of the members is up, and where that was
+        not so, every node of the pipe has been met again, or had the time for it."""
+        record, seen = self.record, {*self.up, self.me}
+        had = self._quorum
+        self._quorum = record.counts(seen) or (None if had is None else False)
+        if not self._quorum:
+            self._settle_at = None
+            return False
+        missing = {*record.members, *record.layout.nodes()} - seen - {record.layout.client}
+        if had is False and missing:
+            self._settle_at = now + GRACE
+        if self._settle_at is not None and (not missing or self._settle_at <= now):
+            self._settle_at = None
+        return self._settle_at is None
+
+    def _lead(self, settled: bool) -> list[Command]:
         """Next records until one has to be waited for or there is nothing to do."""
         commands: list[Command] = []
         for _ in range(MOST_STEPS):
             if self.ballot.pending:
                 break
             commands += self._arrange()
+            if not settled:
+                return [*commands, *self._tell()]
             view = View(self.up, self.reports, self._client_gone, self.full, self._changed)
             found = planned(self._wished(self.record), view)
             self._changed = False
@@ -271,13 +300,15 @@ class Scheduler:
 
     # ------------------------------------------------------------------ time
 
-    def _take_over(self, now: float) -> list[Command]:
+    def _take_over(self, settled: bool, now: float) -> list[Command]:
         """Run for the next epoch when nobody coordinates, after those with lower ids had their chance."""
         ballot, record = self.ballot, self.record
+        if not settled:
+            ballot.give_up()
         wanted = ballot.role == CANDIDATE or (
             ballot.role == MEMBER and (record.coordinator == self.me or record.coordinator not in self.up)
         )
-        if not wanted or self.me not in ballot.kept.members:
+        if not settled or not wanted or self.me not in ballot.kept.members:
             self._run_at = None
         elif self._run_at is None:
             self._run_at = now + STEP * self._rank()
