@@ -122,6 +122,11 @@ def test_threads(build, flavour, scale, mappings):
 
 
 @pytest.mark.parametrize("flavour", ["production", "address"])
+def test_how_long_spins_last(build, flavour):
+    run(build("spin_test.c", flavour))
+
+
+@pytest.mark.parametrize("flavour", ["production", "address"])
 def test_lookout(build, flavour):
     program = build("lookout_test.c", flavour)
     run(program, "cases")

@@ -19,7 +19,6 @@ cdef class Handle:
     cdef int often                # naps of a stand-alone queue so far, up to OFTEN
     cdef double looked            # when a try that cannot wait looked for dead peers last
     cdef object trouble           # an exception that get_many met after good values: raised by the next get
-    cdef int spin[2]              # pause instructions before the next sleep, per end
     cdef uint64_t execution       # execution id for the frames to come
     cdef readonly str label
     cdef object __weakref__
@@ -30,7 +29,6 @@ cdef class Handle:
         self.r.slot = UP_NONE
         self.r.producer = UP_NONE
         self.patience = LOCK_PATIENCE
-        self.spin[0] = self.spin[1] = SPIN_MAX // 4
 
     cdef _opened(self, str root, str label):
         self.mapped = True

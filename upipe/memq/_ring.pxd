@@ -171,7 +171,6 @@ cdef extern from "_ring.h" nogil:
     void up_wake_producers(up_ring *r)
     void up_wake_all(up_ring *r)
     void up_arm(up_ring *r, uint64_t *bits)
-    int up_spin(up_ring *r, int producer, uint64_t *word, uint64_t before, int n)
     void up_nap_set(uint32_t *nap, uint32_t value)
     int up_nap_sleep(uint32_t *nap, int64_t ns)
     int up_nap_wake(uint32_t *nap)
@@ -192,6 +191,16 @@ cdef extern from "_ring.h" nogil:
     uint32_t UP_LDA32 "UP_LDA"(uint32_t *p)
     uint32_t UP_LD32 "UP_LD"(uint32_t *p)
     void UP_PAUSE()
+
+cdef extern from "_spin.h" nogil:
+    enum: UP_SPIN_SHORT
+    ctypedef struct up_spinning:
+        int length
+    void up_spinning_begin(up_spinning *s)
+    void up_spinning_spun(up_spinning *s, int hit, int64_t ns, int64_t now)
+    void up_spinning_slept(up_spinning *s, int64_t ns, int64_t now)
+    int up_spin(uint64_t *word, uint64_t before, int n)
+    int up_on_one_cpu(up_ring *r, int producer)
 
 cdef extern from "_lookout.h" nogil:
     uint64_t up_post_new(int fd, uint32_t *first, uint32_t *second)

@@ -86,8 +86,6 @@ include "_doorbell.pxi"
 cdef enum:
     LARGE = 32768           # payload bytes from which a copy runs without the GIL
     BATCH = 256             # frames moved per lock by put_many and get_many
-    SPIN_MAX = 2000         # pause instructions before arming; halves when spinning did not help
-    SPIN_SHORT = 64         # so many are not worth giving the GIL away
     OFTEN = 16              # sleeps after which it pays to let the lookout watch, which makes each of them cheaper
 
 cdef double LOCK_PATIENCE = 10.0
@@ -144,6 +142,7 @@ cdef struct Waiting:
     int producer                # which end
     uint64_t need               # ring bytes wanted
     double timeout, deadline    # seconds; deadline 0 = not started
+    uint64_t since              # ns: when a consumer had spun in vain, 0 = nobody wants to know
     bint armed, fresh           # counted as a sleeper; armed since the last try
     bint naps                   # the next sleep is a nap
     bint exact                  # asks for no more room than it needs
@@ -155,6 +154,7 @@ cdef inline void _waiting(Waiting *w, int producer, uint64_t need, double timeou
     w.need = need
     w.timeout = timeout
     w.deadline = 0
+    w.since = 0
     w.lull = NULL
     w.armed = w.fresh = w.exact = w.naps = False
 

@@ -3,6 +3,11 @@
 
 cdef class Sleeper(Handle):
     """Waiting until the other end moves."""
+    cdef up_spinning spinning[2]  # per end
+
+    def __cinit__(self, *args, **kwargs):
+        up_spinning_begin(&self.spinning[0])
+        up_spinning_begin(&self.spinning[1])
 
     cdef Doorbell _bell(self, int producer):
         cdef Doorbell bell = self.bell_room if producer else self.bell_frames
@@ -50,11 +55,14 @@ cdef class Sleeper(Handle):
         return self.r.c.consumers_waiting
 
     cdef int _spin(self, int producer) noexcept:
-        """Spin while nothing changes; 1 when something did. The length follows how often spinning helped."""
-        cdef int n = self.spin[producer]
+        """Spin while nothing changes; 1 when something did. (_spin.h says how long.)"""
+        cdef up_spinning *spinning = &self.spinning[producer]
+        cdef int n = spinning.length, hit
         cdef uint64_t *word = &self.r.c.tail
         cdef uint64_t before
-        cdef int hit = 0
+        cdef int64_t began, ended
+        if up_on_one_cpu(&self.r, producer):
+            return 0
         if not producer:
             before = UP_LD(&self.r.c.next)
             if before == up_position(UP_LDA(&self.r.c.head)):
@@ -62,16 +70,21 @@ cdef class Sleeper(Handle):
             else:
                 word = up_state_at(&self.r, before)  # the next frame is being written: wait for its commit
         before = UP_LD(word)
-        if n < SPIN_SHORT:
-            hit = up_spin(&self.r, producer, word, before, n)
-        else:
-            with nogil:
-                hit = up_spin(&self.r, producer, word, before, n)
-        if hit:
-            self.spin[producer] = min(SPIN_MAX, n * 2 + 16)
-        else:
-            self.spin[producer] = max(16, n // 2)
+        if n < UP_SPIN_SHORT:
+            hit = up_spin(word, before, n)
+            up_spinning_spun(spinning, hit, 0, 0)
+            return hit
+        began = up_now_ns(CLOCK_MONOTONIC)
+        with nogil:
+            hit = up_spin(word, before, n)
+        ended = up_now_ns(CLOCK_MONOTONIC)
+        up_spinning_spun(spinning, hit, ended - began, ended)
         return hit
+
+    cdef void _slept(self, int64_t since) noexcept:
+        """The consumer slept for a frame, since it had spun in vain."""
+        cdef int64_t now = up_now_ns(CLOCK_MONOTONIC)
+        up_spinning_slept(&self.spinning[0], now - since, now)
 
     def arm(self, int producer, uint64_t need=0, bint exact=False):
         """Set the waiting bit (bell ready). Try again after this, then sleep on bell(producer).fd.
@@ -168,6 +181,8 @@ cdef class Sleeper(Handle):
             w.deadline = INFINITY if w.timeout == INFINITY else _now() + w.timeout
             if self._spin(w.producer):
                 return True
+            if not w.producer and not up_on_one_cpu(&self.r, 0):
+                w.since = up_now_ns(CLOCK_MONOTONIC)
         if not w.fresh:  # arm, and let the caller try once more before we sleep
             bell = self._bell(w.producer)
             if not w.armed:
@@ -208,6 +223,8 @@ cdef class Sleeper(Handle):
         if w.armed:
             w.armed = False
             bell.sleepers -= 1
+            if w.since:
+                self._slept(w.since)
             if bell.sleepers == 0 and bell.nap != NULL and UP_LD32(bell.nap):
                 up_nap_set(bell.nap, 0)
             self._left_bell(w.producer)

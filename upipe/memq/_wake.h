@@ -17,16 +17,6 @@
 #include <linux/futex.h>
 #include <sys/syscall.h>
 
-/* Wait for a word to change for `n` pause instructions; not at all while the other end cannot run, since it shares our CPU. */
-static inline int up_spin(up_ring *r, int producer, uint64_t *word, uint64_t before, int n) {
-    if (UP_LD(producer ? &r->c->consumer_cpu : &r->c->producer_cpu) == up_cpu()) return 0;
-    for (int i = 0; i < n; i++) {
-        UP_PAUSE();
-        if (UP_LD(word) != before) return 1;
-    }
-    return 0;
-}
-
 /* A thread sleeps in a nap on a futex in its slot: half the system calls of a doorbell. The word is 1 from before the
  * bit is set until somebody wakes it (or the last thread leaves); a nap is short, or watched by a supervisor or by the lookout
  * (_lookout.h), since a futex cannot be waited for together with pidfds. */

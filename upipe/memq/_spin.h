@@ -1,0 +1,84 @@
+/* How long to spin before a sleep, learned at each end of a queue from how often it helped. Pure but for up_spin.
+ *
+ * A spin that helped is twice as long the next time, one that did not is half as long. That alone would never find out that
+ * answers come a little later than a short spin lasts, since then each wait ends in a sleep: so after a few brief sleeps in a
+ * row, a long spin is tried. Each of those that does not help doubles the number of brief sleeps before the next one, each
+ * that does takes an eighth off it. When somebody else took the CPU during a spin there are not enough of them for spinning:
+ * no long spin follows for a while, which is twice as long if that happened not long before. (Rejected: counting involuntary
+ * context switches, a system call each; long spins of producers, who wait for more than the next frame's room.) */
+#ifndef UPIPE_SPIN_H
+#define UPIPE_SPIN_H
+
+#include "_segment.h"
+
+#include <sched.h>
+
+enum {
+    UP_SPIN_MIN = 16,   /* pause instructions: 57 ns each on a Zen 5 */
+    UP_SPIN_SHORT = 64, /* below, it is not worth to give Python's lock away, to look at the clock, or to give way */
+    UP_SPIN_LONG = 1000,
+    UP_SPIN_MAX = 2000, /* about as long as it takes to be put to sleep and woken on a halted CPU of a virtual machine */
+    UP_TRIES_MIN = 4,
+    UP_TRIES_MAX = 4096
+};
+#define UP_BRIEF_NS 100000ll    /* a sleep that was no longer might as well have been a long spin */
+#define UP_TAKEN_NS 1000000ll   /* a spin that lasted longer was interrupted */
+#define UP_REST_MIN_NS 8000000ll
+#define UP_REST_MAX_NS 1000000000ll
+
+typedef struct {
+    int length;    /* pause instructions before the next sleep */
+    int brief;     /* brief sleeps in a row */
+    int tries;     /* so many before a long spin is tried */
+    int64_t rest;  /* ns without long spins after the last interruption */
+    int64_t rests; /* until then, CLOCK_MONOTONIC */
+} up_spinning;
+
+static inline void up_spinning_begin(up_spinning *s) { *s = (up_spinning){UP_SPIN_LONG / 2, 0, UP_TRIES_MIN, 0, 0}; }
+
+/* A spin of s->length ended at `now` after `ns` (0 when it was short: nobody looked), in a hit or not. */
+static inline void up_spinning_spun(up_spinning *s, int hit, int64_t ns, int64_t now) {
+    int n = s->length;
+    if (ns > UP_TAKEN_NS) {
+        int64_t twice = 2 * s->rest < UP_REST_MAX_NS ? 2 * s->rest : UP_REST_MAX_NS;
+        s->rest = s->rest && now - s->rests < 16 * s->rest ? twice : UP_REST_MIN_NS;
+        s->rests = now + s->rest;
+        s->length = UP_SPIN_MIN;
+        return;
+    }
+    if (hit)
+        s->length = 2 * n + UP_SPIN_MIN < UP_SPIN_MAX ? 2 * n + UP_SPIN_MIN : UP_SPIN_MAX;
+    else
+        s->length = n / 2 > UP_SPIN_MIN ? n / 2 : UP_SPIN_MIN;
+    if (n < UP_SPIN_LONG) return;
+    if (hit)
+        s->tries = s->tries * 7 / 8 > UP_TRIES_MIN ? s->tries * 7 / 8 : UP_TRIES_MIN;
+    else
+        s->tries = 2 * s->tries < UP_TRIES_MAX ? 2 * s->tries : UP_TRIES_MAX;
+}
+
+/* A consumer slept from the end of its spin until `now`. */
+static inline void up_spinning_slept(up_spinning *s, int64_t ns, int64_t now) {
+    s->brief = ns < UP_BRIEF_NS ? s->brief + 1 : 0;
+    if (s->brief < s->tries || now < s->rests) return;
+    s->brief = 0;
+    s->length = UP_SPIN_MAX;
+}
+
+/* Wait for a word to change for `n` pause instructions. 1 when it did. A long wait gives way now and then: the kernel may have
+ * woken the other end on our CPU. */
+static inline int up_spin(uint64_t *word, uint64_t before, int n) {
+    for (int i = 1; i <= n; i++) {
+        UP_PAUSE();
+        if (UP_LD(word) != before) return 1;
+        if (i % 32 == 0 && i < n) sched_yield();
+    }
+    return 0;
+}
+
+/* Was the other end last seen on our CPU? Then it cannot run while we spin. */
+static inline int up_on_one_cpu(up_ring *r, int producer) {
+    return UP_LD(producer ? &r->c->consumer_cpu : &r->c->producer_cpu) == up_cpu();
+}
+
+#endif
