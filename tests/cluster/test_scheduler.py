@@ -16,6 +16,7 @@ from upipe.cluster.dealings import Arrange, DrainPipe, NodeReport, NodeUp, Repor
 from upipe.cluster.placement import Unplaceable
 from upipe.cluster.planning import crews
 from upipe.cluster.record import Crew, Record
+from upipe.cluster.scheduler import HELD
 from upipe.graph.spec import EdgeSpec, PipeSpec
 from upipe.settings import Place
 
@@ -208,6 +209,7 @@ def test_who_comes_back_takes_nothing_over_from_nodes_that_it_still_takes_for_de
     evicted = {other: one.record.evicted.keys() for other, one in world.schedulers.items() if other != node}
     assert set(map(frozenset, evicted.values())) == {frozenset(node)}
     mine = world.schedulers[node]
+    assert mine.deadline() is None or mine.deadline() > world.now, "no timer runs in circles"
     assert "cannot be reached, and the others are no majority" in mine.held_up(world.now)
     for _ in range(40):
         world.tick(0.25)
@@ -228,6 +230,18 @@ def test_who_comes_back_takes_nothing_over_from_nodes_that_it_still_takes_for_de
                 assert all(one.record.evicted.keys() <= {node} for one in world.schedulers.values())
     world.heal()
     healthy(world)
+
+
+def test_a_member_that_is_cut_off_has_a_timer_for_saying_so() -> None:
+    world = begun("123")
+    world.cut = {("1", "2"), ("3", "2")}
+    world.look()
+    mine = world.schedulers["2"]
+    assert mine.held_up(world.now) == ""
+    due = mine.deadline()
+    assert due is not None and due <= world.now + HELD
+    assert mine.handle(Tick(), due) == [] and "the others are no majority" in mine.held_up(due)
+    assert mine.deadline() is None
 
 
 def test_what_has_not_come_back_after_a_while_is_dead() -> None:

@@ -86,6 +86,8 @@ class Scheduler:
         self._run_at: float | None = None
         self._held_since: float | None = None
         """Since when there are too few members for anything to change; None: there are enough."""
+        self._tell_at: float | None = None
+        """When held_up() has something to say that it has not yet."""
         self._quorum: bool | None = None
         """Whether one is in sight; None: it never was."""
         self._settle_at: float | None = None
@@ -145,12 +147,12 @@ class Scheduler:
 
     def deadline(self) -> float | None:
         """When to call handle(Tick()) at the latest; None: not before the next event."""
-        dues = (self._resend_at, self._run_at, self._settle_at)
+        dues = (self._resend_at, self._run_at, self._settle_at, self._tell_at)
         return min((due for due in dues if due is not None), default=None)
 
     def held_up(self, now: float) -> str:
         """Why nothing about this pipe can change here, for the user; "" when it can, or somebody else sees to it."""
-        if self._held_since is None or now - self._held_since < HELD or self.record.state in ENDED:
+        if self._held_since is None or now < self._held_since + HELD or self.record.state in ENDED:
             return ""
         record, members = self.record, dict.fromkeys((*self.record.members, *self.record.before))
         silent = sorted(node for node in members if node != self.me and node not in self.up)
@@ -212,6 +214,8 @@ class Scheduler:
             commands += self._lead(settled)
         held = self.ballot.role == CANDIDATE or self.ballot.pending or self._quorum is False
         self._held_since = (now if self._held_since is None else self._held_since) if held else None
+        due = None if self._held_since is None else self._held_since + HELD
+        self._tell_at = due if due is not None and now < due else None
         return [*commands, *self._say_again(now)]
 
     def _settled(self, now: float) -> bool:
