@@ -122,8 +122,9 @@ def test_threads(build, flavour, scale, mappings):
 
 
 @pytest.mark.parametrize("flavour", ["production", "address"])
-def test_how_long_spins_last(build, flavour):
-    run(build("spin_test.c", flavour))
+@pytest.mark.parametrize("source", ["spin_test.c", "clock_test.c"])
+def test_how_long_spins_last_and_what_time_it_is(build, source, flavour):
+    run(build(source, flavour))
 
 
 @pytest.mark.parametrize("flavour", ["production", "address"])

@@ -212,7 +212,7 @@ class Scheduler:
             self._arranged = self._told = None
         else:
             commands += self._lead(settled)
-        held = self.ballot.role == CANDIDATE or self.ballot.pending or self._quorum is False
+        held = self.ballot.role == CANDIDATE or self.ballot.pending or not self._quorum
         self._held_since = (now if self._held_since is None else self._held_since) if held else None
         due = None if self._held_since is None else self._held_since + HELD
         self._tell_at = due if due is not None and now < due else None

@@ -67,7 +67,7 @@ cdef inline void _meta(up_meta *m, int dtype, int flags, uint64_t size) noexcept
     m.size = size
     m.inline_ = 0
     m.execution = 0
-    m.timestamp = up_now_ns(CLOCK_REALTIME)
+    m.timestamp = up_stamp()
 
 
 cdef int _item_of(cnp.ndarray value) noexcept:

@@ -192,6 +192,9 @@ cdef extern from "_ring.h" nogil:
     uint32_t UP_LD32 "UP_LD"(uint32_t *p)
     void UP_PAUSE()
 
+cdef extern from "_clock.h" nogil:
+    uint64_t up_stamp()
+
 cdef extern from "_spin.h" nogil:
     enum: UP_SPIN_SHORT
     ctypedef struct up_spinning:

@@ -55,7 +55,7 @@ FRAME = (
     Field(24, "uint64_t", "size", 0, "payload bytes"),
     Field(32, "uint64_t", "position", 0, "byte position of this header in the ring's stream"),
     Field(40, "uint64_t", "execution", 0, "execution id of a call, 0 = none"),
-    Field(48, "uint64_t", "timestamp", 0, "ns since 1970 when it was written"),
+    Field(48, "uint64_t", "timestamp", 0, "ns since 1970 when it was written, or up to 4 us before"),
     Field(56, "uint64_t", "inline_", 0, "payload of at most 8 bytes, or three packed dims"),
 )
 
