@@ -21,6 +21,9 @@ from upipe.runtime import messages
 from upipe.runtime.messages import Exited, Paused, Raised, Refused, Spawn, Spawned
 from upipe.runtime.osproc import adopt_orphans, die_with_parent, kill_group, kill_session, reap, wait_dead
 
+GUARD_AGAIN = 1000
+"""Milliseconds after which a guard is tried again that no process was to be had for. (Dying of it would take the workers
+along, which run.)"""
 _own: list[int] = []
 """Descriptors of the server that a worker shall not keep, beside the socket."""
 
@@ -45,10 +48,12 @@ def serve(fd: int, parent: int) -> None:
     poll = select.poll()
     for one in (fd, wake_read, caller):
         poll.register(one, select.POLLIN)
+    pause = 0
     while True:
-        ready = {number for number, _ in poll.poll(None if guard else 0)}
+        ready = {number for number, _ in poll.poll(None if guard else pause)}
         if not ready:  # the first workers run
             guard = _fork_guard(caller, fd)
+            pause = 0 if guard else GUARD_AGAIN
         if wake_read in ready:
             os.read(wake_read, 4096)
             if guard in _report(sock, workers):
@@ -62,10 +67,15 @@ def serve(fd: int, parent: int) -> None:
 
 
 def _fork_guard(caller: int, sock: int) -> int:
-    """A process that does nothing but wait for the server's death, to kill what is left of the session then."""
+    """A process that does nothing but wait for the server's death, to kill what is left of the session then. 0 when no
+    process is to be had."""
     server = os.getpid()
     pidfd = os.pidfd_open(server)
-    guard = os.fork()
+    try:
+        guard = os.fork()
+    except OSError:
+        os.close(pidfd)
+        return 0
     if guard == 0:
         os.close(caller)
         os.close(sock)
