@@ -179,8 +179,9 @@ def test_kill_session() -> None:
 
 
 def test_no_process_to_be_had() -> None:
-    """Under RLIMIT_NPROC (not for root, so as another user) the fork is refused, and said so; the server goes on, and has
-    its guard as soon as there is a process for it. The limit counts all processes of a user: of one who has no others."""
+    """Under RLIMIT_NPROC (not for root, so as another user) the fork is refused, and said so; the server goes on, and
+    has its guard as soon as there is a process for it. The limit counts all processes of a user: of one who has no
+    others."""
     code = """
 import os, resource, select, sys, time
 from upipe.runtime import messages

@@ -22,8 +22,8 @@ from upipe.runtime.messages import Exited, Paused, Raised, Refused, Spawn, Spawn
 from upipe.runtime.osproc import adopt_orphans, die_with_parent, kill_group, kill_session, reap, wait_dead
 
 GUARD_AGAIN = 1000
-"""Milliseconds after which a guard is tried again that no process was to be had for. (Dying of it would take the workers
-along, which run.)"""
+"""Milliseconds after which a guard is tried again that no process was to be had for. (Dying of it would take the
+workers along, which run.)"""
 _own: list[int] = []
 """Descriptors of the server that a worker shall not keep, beside the socket."""
 
