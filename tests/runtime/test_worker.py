@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.memq.helpers import until
 from tests.support import DEADLINE, chain, collect, feed
 from upipe import DType, EndOfStream, MemQ, Pipe, PipeFailed, Processor
 from upipe.errors import NotInWorker
@@ -209,6 +210,13 @@ def _fanned(theirs: Any, names: tuple[str, ...], total: int) -> None:
     os._exit(0)
 
 
+def send_and_see(sock: Any, told: Rewire, queue: MemQ) -> None:
+    """Tell a worker of its new queues, and wait until it has joined one: what it emits meanwhile fits a ring."""
+    before = queue.stats().handles
+    sock.send(messages.encode(told))
+    until(lambda: queue.stats().handles > before, "it takes its new queues")
+
+
 def test_targets_that_change_in_a_stream_get_each_value_once_whichever_way_it_goes() -> None:
     """Of three targets the second one gets another queue, and another again with a fourth target."""
     total = 6000
@@ -230,7 +238,7 @@ def test_targets_that_change_in_a_stream_get_each_value_once_whichever_way_it_go
     now = next(swapped)
     for number in range(total):
         if number in changes:
-            ours.send(messages.encode(changes[number]))
+            send_and_see(ours, changes[number], {1000: later, 3000: latest}[number])
         assert first.get(timeout=20) == third.get(timeout=20) == number
         while len(got) <= number:
             try:
