@@ -337,5 +337,5 @@ def record(path: Path) -> str:
 
 def zombies(parent: int) -> list[int]:
     """Children that nobody waited for."""
-    children = proc_words(f"/proc/{parent}/task/{parent}/children")
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()  # the parent lives
     return [int(one) for one in children if "Z" in proc_words(f"/proc/{one}/stat")]

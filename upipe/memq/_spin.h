@@ -71,7 +71,7 @@ static inline int up_spin(uint64_t *word, uint64_t before, int n) {
     for (int i = 1; i <= n; i++) {
         UP_PAUSE();
         if (UP_LD(word) != before) return 1;
-        if (i % 32 == 0 && i < n) sched_yield();
+        if (n >= UP_SPIN_SHORT && i % 32 == 0 && i < n) sched_yield(); /* a shorter one holds Python's lock */
     }
     return 0;
 }
