@@ -152,7 +152,7 @@ CASES: list[Case] = [
             "us (p50)",
             "lower",
             "rtt",
-            amounts.trips(f"rtt-asleep-{pins}", pins, 0.0 if pins == "one" else 0.001),  # on one CPU they sleep anyway
+            amounts.trips(f"rtt-asleep-{pins}", pins, 0.001),
             (0.25, 1.5),
             rounds=(2, 5),
             limit=f"futex-{pins}",

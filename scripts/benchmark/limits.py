@@ -28,7 +28,7 @@ def _commands(quick: bool) -> dict[str, list[str]]:
         "spin": ["pingpong", "spin", "two", str(100_000 * more), "0"],
     }
     for pins in ("two", "one", "free"):
-        sleeping = [str(150 * more), "1000"] if pins != "one" else [str(2000 * more), "0"]  # as in cases.py
+        sleeping = [str(150 * more), "1000"]  # as in cases.py
         found[f"futex-{pins}"] = ["pingpong", "futex", pins, *sleeping]
         if pins != "one":
             found[f"futex-busy-{pins}"] = ["pingpong", "futex", pins, str(2000 * more), "0"]

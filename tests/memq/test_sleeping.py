@@ -64,6 +64,33 @@ def test_several_threads_that_nap_in_one_slot_all_get_their_frames(queue):
     assert sorted(t.result() for t in threads) == list(range(8))
 
 
+def answer_on_one_cpu(questions, answers, cpu: int) -> None:
+    os.sched_setaffinity(0, {cpu})
+    for question in questions:
+        answers.put(question)
+
+
+def test_two_processes_on_one_cpu_give_way_to_each_other_instead_of_sleeping(queue, child):
+    questions, answers = queue(65536), queue(65536)
+    cpus = os.sched_getaffinity(0)
+    answering = child(answer_on_one_cpu, questions, answers, min(cpus))
+    os.sched_setaffinity(0, {min(cpus)})
+    try:
+
+        def mostly_awake() -> bool:  # unless somebody else takes the CPU: then they sleep for a while
+            before = questions.stats().empty_waits + answers.stats().empty_waits
+            for number in range(TRIPS):
+                questions.put(number)
+                assert answers.get(timeout=DEADLINE) == number
+            return questions.stats().empty_waits + answers.stats().empty_waits - before < TRIPS // 2
+
+        until(mostly_awake, "an exchange without many sleeps")
+    finally:
+        os.sched_setaffinity(0, cpus)
+    questions.close()
+    end(answering)
+
+
 def test_a_thread_and_a_task_on_one_handle_both_get_their_frame(queue):
     q = queue(4096)
 

@@ -299,6 +299,8 @@ write:
 #ifdef JUMPS
             if
             :: CAN_JUMP -> pad = CAP - 2 - (head - tail); jump_from = head; jump_to = head + pad
+            :: CAN_JUMP && head - tail + 4 <= CAP ->            /* a window of two frames below tail */
+                pad = CAP - 3 - (head - tail); jump_from = head; jump_to = head + pad
             :: true
             fi;
 #endif

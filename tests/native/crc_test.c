@@ -1,4 +1,4 @@
-/* upipe/memq/_crc.h: every implementation this CPU has, against a bitwise reference and values from Python's zlib.
+/* upipe/memq/_crc.h and _crc_back.h: every implementation this CPU has, against a bitwise reference and values from Python's zlib.
  *
  *   gcc -std=c11 -Wall -Wextra -Werror -O2 -pthread tests/native/crc_test.c -o crc_test && ./crc_test
  *   the same with -O1 -g -fsanitize=address,undefined
@@ -6,7 +6,7 @@
  * Buffers lie between two unmapped pages, so that one byte read or written outside kills the test even where the
  * sanitizer sees nothing (vector intrinsics). No input is random: a failure repeats. */
 #define _DEFAULT_SOURCE
-#include "../../upipe/memq/_crc.h"
+#include "../../upipe/memq/_crc_back.h"
 
 #include <pthread.h>
 #include <stdio.h>
@@ -69,6 +69,50 @@ static uint32_t power(int n) /* reflect32(x^n mod P) */
     return r;
 }
 
+#if UP_CRC_X86
+/* What a matrix of GF2P8AFFINEQB makes of a byte, by its definition. */
+static uint8_t transform(uint64_t matrix, uint8_t b)
+{
+    uint8_t out = 0;
+    for (int i = 0; i < 8; i++)
+        out |= (uint8_t)(__builtin_parity(matrix >> 8 * (7 - i) & 0xff & b) << i);
+    return out;
+}
+
+/* b, 8 blocks further from the end, is A4(b) 4 blocks further, A5(b) 3, A7(b) 1 and A8(b) 0. That determines the matrices:
+ * no other bytes sum up to nothing there, or the 32 columns would not be independent. */
+static void test_matrices(void)
+{
+    static const struct {
+        uint64_t matrix;
+        int blocks;
+    } as[] = {{UP_CRC_A4, 4}, {UP_CRC_A5, 3}, {UP_CRC_A7, 1}, {UP_CRC_A8, 0}};
+    uint32_t moved[9], rows[32], rank = 0;
+    for (int blocks = 0; blocks <= 8; blocks++)
+        moved[blocks] = power(512 * blocks);
+    for (int b = 0; b < 256; b++) { /* a byte, reflected, is its own low 8 bits of the register, shifted to the top */
+        uint32_t sum = up_crc_product((uint32_t)b << 24, moved[8]);
+        for (int j = 0; j < 4; j++)
+            sum ^= up_crc_product((uint32_t)transform(as[j].matrix, (uint8_t)b) << 24, moved[as[j].blocks]);
+        CHECK(sum == 0, "byte %02x: %08x is left\n", b, sum);
+    }
+    for (int i = 0; i < 32; i++)
+        rows[i] = up_crc_product((uint32_t)1 << (24 + i % 8), moved[as[i / 8].blocks]);
+    for (int bit = 0; bit < 32; bit++) {
+        uint32_t at = rank;
+        while (at < 32 && !(rows[at] >> bit & 1))
+            at++;
+        if (at == 32)
+            continue;
+        uint32_t row = rows[at];
+        rows[at] = rows[rank], rows[rank++] = row;
+        for (uint32_t i = rank; i < 32; i++)
+            rows[i] ^= rows[i] >> bit & 1 ? row : 0;
+    }
+    CHECK(rank == 32, "rank %u\n", rank);
+}
+#endif
+
 static void test_constants(void)
 {
     CHECK(UP_CRC_DELIVERIES == power(58 * 8 + 32), "%08x\n", power(58 * 8 + 32));
@@ -95,6 +139,7 @@ static void test_constants(void)
     }
     CHECK(mu == UP_CRC_MU, "mu %016llx\n", (unsigned long long)mu);
     CHECK(UP_CRC_P == ((uint64_t)0xEDB88320u << 1 | 1), "P\n");
+    test_matrices();
 #endif
 }
 
@@ -268,6 +313,36 @@ static void test_changing_source(const up_crc_impl *m, area src, area dst)
     }
 }
 
+/* ---- long input ------------------------------------------------------------------------------------------------ */
+
+/* Every length and alignment around those where another loop begins, which are up to 2 KiB. */
+static void test_loops(const up_crc_impl *m, area src, area dst)
+{
+    fill(src.start, 4096);
+    for (size_t n = 900; n < 2700; n++) {
+        const uint8_t *p = src.start + n % 67;
+        uint32_t start = n % 3 ? next_u32() : 0, expected = reference(start, p, n);
+        CHECK(m->crc(start, p, n) == expected, "%s n=%zu\n", m->name, n);
+        copy_once(m, start, dst.end - n, dst, p, n, expected);
+    }
+}
+
+static void test_back(void)
+{
+    size_t own = up_crc_own_cache, most = UP_CRC_BACK * UP_CRC_BACK_BLOCKS;
+    uint8_t *p = malloc(most + 1);
+    CHECK(p, "malloc\n");
+    fill(p, most + 1);
+    for (size_t n = 0; n <= most; n = n < UP_CRC_BACK - 2 ? UP_CRC_BACK - 2 : n + (n % UP_CRC_BACK < 3 ? 1 : UP_CRC_BACK * 7 - 5))
+        CHECK(up_crc32_back(p, n) == up_crc32(0, p, n), "n=%zu\n", n);
+    CHECK(up_crc32_back(p, most) == up_crc32(0, p, most), "the most\n");
+    for (up_crc_own_cache = 0; up_crc_own_cache <= most; up_crc_own_cache = 2 * up_crc_own_cache + 65536)
+        for (size_t n = 1; n <= most + 1; n = 3 * n + 65536)
+            CHECK(up_crc32_in_place(p, n) == up_crc32(0, p, n), "n=%zu, cache %zu\n", n, up_crc_own_cache);
+    up_crc_own_cache = own;
+    free(p);
+}
+
 int main(void)
 {
     area src = guarded(200000), dst = guarded(200000);
@@ -282,6 +357,7 @@ int main(void)
         test_every_length(m, src, dst);
         test_heap(m);
         test_big_and_chained(m, src, dst);
+        test_loops(m, src, dst);
         test_header(m, src);
         test_deliveries(m);
         test_changing_source(m, src, dst);
@@ -290,6 +366,7 @@ int main(void)
     up_crc_impl chosen = {"chosen", up_crc_has_sw, up_crc32, up_crc32_copy, up_crc32_header};
     test_zlib_values(&chosen);
     test_deliveries(&chosen);
+    test_back();
     printf("chosen: %s\n", up_crc32_name());
     return 0;
 }

@@ -377,9 +377,11 @@ static void run_chaos(double seconds, uint64_t seed) {
     plan_count = 0;
     for (; up_now_ns(CLOCK_MONOTONIC) < end; rounds++) {
         const drill *d = &wild[rounds % 3];
+        window = 128ull << mix(seed) % 8;
         kills += run_drill(d, seed = mix(seed), 400000000);
         frames += (uint64_t)CRASH_IDS * d->numbers;
     }
+    window = 128;
     printf("killed by chance: %llu rounds, %llu frames, %llu kills\n", (unsigned long long)rounds, (unsigned long long)frames, (unsigned long long)kills);
 }
 

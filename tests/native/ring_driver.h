@@ -29,6 +29,8 @@ static void pass_point(const char *point);
 #define UP_CRASH(point) (__atomic_signal_fence(__ATOMIC_SEQ_CST), plans ? pass_point(point) : (void)0)
 #endif
 #define UP_WARM_MIN 128 /* so that these small rings jump, too */
+static uint64_t window = 128; /* by one frame, unless a case says so */
+#define UP_WARM window
 #include "../../upipe/memq/_ring.h"
 
 #define FAIL(...) (fprintf(stderr, "%s:%d: ", __FILE__, __LINE__), fprintf(stderr, __VA_ARGS__), fprintf(stderr, "\n"), abort())

@@ -48,68 +48,82 @@ static void take_it(member *m, uint64_t pos, uint64_t need) { /* in the order of
     for (uint64_t i = 0; i < need - UP_GRANULE; i++) EQUAL(up_payload(&m->r, pos)[i], (pos / UP_GRANULE) & 0xff);
 }
 
-/* A consumer that keeps up: `held` frames are in use at each claim, and two windows of that size are all that is touched. */
-static void keep_up(uint32_t held) {
+/* A consumer that keeps up: `held` frames are in use at each claim, and two windows of that size are all that is touched, or
+ * one of `warm` bytes. */
+static void keep_up(uint32_t held, uint64_t warm) {
     up_ring base;
     member m;
     static uint8_t touched[JUMP_RING / UP_GRANULE];
     uint64_t pos[64], count = 0, rounds = 200;
     open_jumper(&m, &base);
+    window = warm;
     for (uint64_t i = 0; i < rounds; i++) {
         uint64_t *at = &pos[i % 64];
         EQUAL(place(&m, JUMP_NEED, at), UP_OK);
         take_it(&m, *at, JUMP_NEED);
         if (i >= held) finish(&m, pos[(i - held) % 64], UP_FINISHED);
-        if (i == 4 * held + 8) memset(touched, 0, sizeof touched);
+        if (i == 4 * held + 8 + 2 * JUMP_FIT) memset(touched, 0, sizeof touched);
         for (uint64_t g = 0; g < JUMP_NEED; g += UP_GRANULE) touched[((*at + g) & (JUMP_RING - 1)) / UP_GRANULE] = 1;
     }
     for (uint64_t i = rounds - held; i < rounds; i++) finish(&m, pos[i % 64], UP_FINISHED);
     for (size_t g = 0; g < sizeof touched; g++) count += touched[g];
     uint64_t drift = rounds * UP_GRANULE; /* each jump leaves one granule */
-    CHECK(count * UP_GRANULE <= (held + 2) * JUMP_NEED + drift, "%u held: %llu bytes are touched", held, (unsigned long long)count * UP_GRANULE);
+    uint64_t most = (held + 2) * JUMP_NEED > warm + JUMP_NEED ? (held + 2) * JUMP_NEED : warm + JUMP_NEED;
+    CHECK(count * UP_GRANULE <= most + drift, "%u held: %llu bytes are touched", held, (unsigned long long)count * UP_GRANULE);
+    CHECK(count * UP_GRANULE >= warm / JUMP_NEED * JUMP_NEED, "%llu bytes warm, %llu touched", (unsigned long long)warm,
+          (unsigned long long)count * UP_GRANULE);
+    window = 128;
     close_jumper(&m, &base);
 }
 
-static void case_jump(void) { keep_up(0), keep_up(1), keep_up(2); }
+static void case_jump(void) {
+    for (uint32_t held = 0; held < 3; held++)
+        for (uint64_t frames = 0; frames < 6; frames++) keep_up(held, frames * JUMP_NEED);
+}
 
-/* Whatever jumped before and is held: as many frames fit as in a ring that never jumped. */
+static void hop(uint32_t warm, uint32_t held) {
+    up_ring base;
+    member m;
+    uint64_t pos[JUMP_FIT + 1], n = 0, at;
+    open_jumper(&m, &base);
+    for (uint32_t i = 0; i < warm; i++) {
+        EQUAL(place(&m, JUMP_NEED, &at), UP_OK);
+        take_it(&m, at, JUMP_NEED);
+        finish(&m, at, UP_FINISHED);
+    }
+    for (; n < held; n++) { /* each taken at once, so that the next may jump */
+        EQUAL(place(&m, JUMP_NEED, pos + n), UP_OK);
+        take_it(&m, pos[n], JUMP_NEED);
+    }
+    while (n <= JUMP_FIT && place(&m, JUMP_NEED, &pos[n]) == UP_OK) n++;
+    EQUAL(n, JUMP_FIT);
+    for (uint64_t i = held; i < n; i++) take_it(&m, pos[i], JUMP_NEED);
+    for (uint64_t i = 0; i < n; i++) finish(&m, pos[n - 1 - i], UP_FINISHED);
+    EQUAL(place(&m, JUMP_RING, &at), UP_OK); /* a frame as large as the ring, behind whatever gaps there were */
+    take_it(&m, at, JUMP_RING);
+    finish(&m, at, UP_FINISHED);
+    close_jumper(&m, &base);
+}
+
+/* Whatever jumped before, how far, and is held: as many frames fit as in a ring that never jumped. */
 static void case_hop(void) {
     for (uint32_t warm = 0; warm < 12; warm++)
-        for (uint32_t held = 0; held < 5; held++) {
-            up_ring base;
-            member m;
-            uint64_t pos[JUMP_FIT + 1], n = 0, at;
-            open_jumper(&m, &base);
-            for (uint32_t i = 0; i < warm; i++) {
-                EQUAL(place(&m, JUMP_NEED, &at), UP_OK);
-                take_it(&m, at, JUMP_NEED);
-                finish(&m, at, UP_FINISHED);
-            }
-            for (; n < held; n++) { /* each taken at once, so that the next may jump */
-                EQUAL(place(&m, JUMP_NEED, pos + n), UP_OK);
-                take_it(&m, pos[n], JUMP_NEED);
-            }
-            while (n <= JUMP_FIT && place(&m, JUMP_NEED, &pos[n]) == UP_OK) n++;
-            EQUAL(n, JUMP_FIT);
-            for (uint64_t i = held; i < n; i++) take_it(&m, pos[i], JUMP_NEED);
-            for (uint64_t i = 0; i < n; i++) finish(&m, pos[n - 1 - i], UP_FINISHED);
-            EQUAL(place(&m, JUMP_RING, &at), UP_OK); /* a frame as large as the ring, behind whatever gaps there were */
-            take_it(&m, at, JUMP_RING);
-            finish(&m, at, UP_FINISHED);
-            close_jumper(&m, &base);
-        }
+        for (uint32_t held = 0; held < 5; held++)
+            for (window = 128; window < JUMP_RING; window = 128 + 4 * window) hop(warm, held);
+    window = 128;
 }
 
 /* Frames of all sizes, taken in order, finished in any, some held: none overlaps another, the order stays, and no more room is
  * missing than the largest frame and two granules. */
 static void case_jump_at_random(void) {
     enum { MOST = 48, LARGEST = 513 * UP_GRANULE };
-    for (uint64_t seed = 1; seed <= 40; seed++) {
+    for (uint64_t seed = 1; seed <= 80; seed++) {
         up_ring base;
         member m;
         struct { uint64_t pos, need; int taken; } live[MOST];
         uint64_t s = mix(seed), n = 0, used = 0, jumps = 0, hops = 0, most = 1 + chance(&s, 4);
         up_ring *r = open_jumper(&m, &base);
+        window = chance(&s, 3) ? 128 : chance(&s, JUMP_RING);
         for (int step = 0; step < 3000; step++) {
             uint32_t what = chance(&s, 3);
             if (what == 0 && n < MOST) {
@@ -150,6 +164,7 @@ static void case_jump_at_random(void) {
         CHECK(jumps && (hops || seed > 20), "seed %llu: %llu jumps, %llu hops", (unsigned long long)seed, (unsigned long long)jumps, (unsigned long long)hops);
         close_jumper(&m, &base);
     }
+    window = 128;
 }
 
 /* Who claims dies before head moved: there was no jump, and nobody may rely on its gap later. */

@@ -164,7 +164,11 @@ static void run_scene(const scene *s, double scale, int own_mapping, uint64_t se
 
 static void run_threads(double scale, int own_mapping, uint64_t seed) {
     printf("threads, %s:\n", own_mapping ? "a mapping each" : "one mapping");
-    for (size_t i = 0; i < sizeof scenes / sizeof *scenes; i++) run_scene(&scenes[i], scale, own_mapping, seed + i);
+    for (size_t i = 0; i < sizeof scenes / sizeof *scenes; i++) {
+        window = 128ull << mix(seed + i) % 8;
+        run_scene(&scenes[i], scale, own_mapping, seed + i);
+    }
+    window = 128;
 }
 
 #endif

@@ -6,7 +6,7 @@
 #define UP_MAGIC 0x00514d4550495075ull
 #define UP_VERSION 1
 #define UP_FRAME_MAGIC 0x5055
-#define UP_FINGERPRINT 0xdb46e5aeu
+#define UP_FINGERPRINT 0x6446b3deu
 #define UP_GRANULE 64
 #define UP_CONTROL_BYTES 4096
 #define UP_SLOTS 512
@@ -142,7 +142,7 @@ typedef struct up_control {
     uint64_t head; /* position after the last claimed frame | selector of head_books */
     uint64_t cached_tail; /* producers' copy of tail; guarded by producer_lock */
     uint64_t last; /* position of the newest frame; a hint, guarded by producer_lock */
-    uint32_t producer_cpu; /* 1 + CPU of the last claim: a consumer on the same one does not spin */
+    uint32_t producer_cpu; /* 1 + CPU of the last claim: a consumer on the same one gives way */
     uint8_t pad1_[4];
     uint64_t jump_from; /* where the latest jump's gap starts; guarded by producer_lock */
     uint64_t jump_to; /* where it ends; true once head is behind it; guarded by producer_lock */

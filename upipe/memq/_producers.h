@@ -9,8 +9,10 @@ static inline uint64_t up_refresh_tail(up_ring *r) { /* SYNC tail */
 }
 
 /* Where the next claim goes. A ring that is walked through from end to end is as cold as it is large, though its consumers keep
- * up. So a large claim is placed just below the oldest frame in use (the JUMP), where frames were a moment ago, and the next
- * ones follow it upwards, where those were that are in use now: both ends stay in a window of what is in use and one frame more.
+ * up. So a large claim is placed below the oldest frame in use (the JUMP), where frames were a moment ago, and the next
+ * ones follow it upwards, to where those were that are in use now: both ends stay in a window of UP_WARM bytes, or of what is in
+ * use and one frame more. (A smaller window is slower: a line is written in 20 % less time where the reader's own cache has
+ * no copy of it any more.)
  *
  *     memory    |......[ jumped ][ in use: S ]...........|          positions   S=[tail, from) gap=[from, to) [to, head)
  *
@@ -24,6 +26,9 @@ static inline uint64_t up_refresh_tail(up_ring *r) { /* SYNC tail */
  *   - Nothing but head says whether a jump, or a hop, was made. */
 #ifndef UP_WARM_MIN
 #define UP_WARM_MIN 16384 /* ring bytes of a claim that may jump: below, the copy is cheaper than the look at tail */
+#endif
+#ifndef UP_WARM
+#define UP_WARM 8388608 /* ring bytes of the window: still in a shared cache, not any more in the other CPU's own */
 #endif
 
 /* A jump whose gap tail has not passed. */
@@ -110,18 +115,21 @@ static inline void up_open(up_ring *r, uint64_t need) {
     up_move_head(r, to - head, to - head, 0, 0, 0);
 }
 
-/* The gap that a claim of `need` bytes leaves, to be placed just below what is in use. 0 when it goes on at head, since
+/* The gap that a claim of `need` bytes leaves, to be placed below what is in use with as many of its size as fit the window.
+ * 0 when it goes on at head, since
  *   - something may be dropped, or a mirror reads or writes here: equal positions there would be gaps to send;
  *   - nothing was below tail since the last jump, or nobody passed that yet; or what follows head was in use at the last jump;
  *   - much of the ring is in use, so that there is no small window; or a frame of this size less would fit in the end. */
 static inline uint64_t up_jump(up_ring *r, uint64_t need) {
     up_control *c = r->c;
-    uint64_t head = up_position(UP_LD(&c->head)), from = UP_LD(&c->jump_from), to = UP_LD(&c->jump_to), used, gap;
+    uint64_t head = up_position(UP_LD(&c->head)), from = UP_LD(&c->jump_from), to = UP_LD(&c->jump_to), used, most, gap;
     if (UP_LD(&c->policy) != UP_POLICY_BLOCK || UP_LD(&c->mirror) != UP_MIRROR_NONE) return 0;
     if (from < to && head + need <= from + r->capacity) return 0;
     if (up_refresh_tail(r) < to + need) return 0;
     used = head + need - c->cached_tail;
     if (used > r->capacity / 2 || (r->capacity - used) % need < 2 * UP_GRANULE) return 0;
+    most = r->capacity / 2 < UP_WARM ? r->capacity / 2 : UP_WARM;
+    if (used < most) used += (most - used) / need * need;
     gap = r->capacity - used - UP_GRANULE;
     UP_ST(&c->jump_from, head);
     UP_CRASH("jump");

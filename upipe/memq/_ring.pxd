@@ -184,6 +184,7 @@ cdef extern from "_ring.h" nogil:
                    const uint64_t *covered, size_t ncovered)
     void up_books_read(uint64_t *word, up_books *books, uint64_t *pos, up_books *out)
     uint32_t up_crc32(uint32_t crc, const void *p, size_t n)
+    uint32_t up_crc32_in_place(const void *p, size_t n)
     uint32_t up_crc32_copy(uint32_t crc, void *dst, const void *src, size_t n)
     uint32_t up_crc32_header(const void *h, uint32_t crc)
     uint64_t UP_LD(uint64_t *p)
@@ -203,6 +204,7 @@ cdef extern from "_spin.h" nogil:
     void up_spinning_spun(up_spinning *s, int hit, int64_t ns, int64_t now)
     void up_spinning_slept(up_spinning *s, int64_t ns, int64_t now)
     int up_spin(uint64_t *word, uint64_t before, int n)
+    int up_give_way(up_spinning *s, uint64_t *word, uint64_t before)
     int up_on_one_cpu(up_ring *r, int producer)
 
 cdef extern from "_lookout.h" nogil:

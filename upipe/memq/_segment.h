@@ -17,7 +17,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "_crc.h"
+#include "_crc_back.h"
 #include "_layout.h"
 
 enum {

@@ -61,7 +61,8 @@ cdef class Sleeper(Handle):
         cdef uint64_t *word = &self.r.c.tail
         cdef uint64_t before
         cdef int64_t began, ended
-        if up_on_one_cpu(&self.r, producer):
+        cdef bint one = up_on_one_cpu(&self.r, producer)
+        if one and producer:
             return 0
         if not producer:
             before = UP_LD(&self.r.c.next)
@@ -70,6 +71,10 @@ cdef class Sleeper(Handle):
             else:
                 word = up_state_at(&self.r, before)  # the next frame is being written: wait for its commit
         before = UP_LD(word)
+        if one:
+            with nogil:
+                hit = up_give_way(spinning, word, before)
+            return hit
         if n < UP_SPIN_SHORT:
             hit = up_spin(word, before, n)
             up_spinning_spun(spinning, hit, 0, 0)

@@ -20,30 +20,34 @@ cdef class Reservation:
     cdef Ring ring
     cdef up_meta m
     cdef uint64_t pos
-    cdef object array
+    cdef cnp.ndarray array
     cdef double timeout
     cdef bint entered
     cdef int generation
 
     def __init__(self, Ring ring, shape, dtype, double timeout, uint32_t key):
-        cdef int i
-        dims = (shape,) if isinstance(shape, int) else tuple(shape)
-        descr = _np.dtype(dtype)
-        item = _num_to_item[descr.num] if 0 <= descr.num < 24 and descr.isnative else -1
-        if item < 0 or len(dims) > 3 or any(not 0 <= d < 2097152 for d in dims):
+        cdef cnp.dtype descr = _np.dtype(dtype)
+        cdef tuple dims = (shape,) if isinstance(shape, int) else tuple(shape)
+        cdef int i, num = descr.type_num, item = -1
+        cdef uint64_t size = descr.itemsize, packed = 0
+        if 0 <= num < 24 and cnp.PyArray_ISNBO(descr.byteorder) and len(dims) <= 3:
+            item = _num_to_item[num]
+        for i, d in enumerate(dims):
+            if item < 0 or not 0 <= d < 2097152:
+                item = -1
+                break
+            size = size * <uint64_t>d if size <= <uint64_t>1 << 42 else <uint64_t>1 << 63 if d else 0  # no overflow
+            packed |= <uint64_t>d << (21 * i)
+        if item < 0:
             raise ValueError(f"reserve takes up to 3 dimensions below 2**21 of a plain numeric dtype, not {dims} of "
                              f"{descr}")
         self.ring = ring
         self.timeout = timeout
-        size = descr.itemsize
-        for d in dims:
-            size *= d
         _meta(&self.m, _ARRAY, UP_FLAG_SHAPE, size)
         self.m.item = item
         self.m.rank = len(dims)
         self.m.key = key
-        for i, d in enumerate(dims):
-            self.m.inline_ |= <uint64_t>d << (21 * i)
+        self.m.inline_ |= packed
 
     def __enter__(self):
         cdef Ring ring = self.ring
@@ -85,7 +89,8 @@ cdef class Reservation:
             return
         self.entered = False
         if self.array is not None:
-            self.array.flags.writeable = False  # a later write through this view would corrupt a committed frame
+            # a later write through this view would corrupt a committed frame
+            cnp.PyArray_CLEARFLAGS(self.array, cnp.NPY_ARRAY_WRITEABLE)
             self.array = None
         if self.generation != _generation:
             return
@@ -93,8 +98,8 @@ cdef class Reservation:
             data = up_payload(&ring.r, self.pos)
             if not (ring.r.c.options & UP_OPT_NO_CRC):
                 with nogil:
-                    crc = up_crc32(0, data, self.m.size)
-            self.m.timestamp = up_now_ns(CLOCK_REALTIME)
+                    crc = up_crc32_in_place(data, self.m.size)
+            self.m.timestamp = up_stamp()
             self.m.execution = ring.execution
             up_commit(&ring.r, self.pos, &self.m, crc)
             up_wake_consumers(&ring.r, 1)

@@ -44,7 +44,7 @@ cdef class Ring(Mirrored):
             return self._read(pos)
         if not (self.r.c.options & UP_OPT_NO_CRC):
             with nogil:
-                crc = up_crc32(0, data, f.size)
+                crc = up_crc32_in_place(data, f.size)
             if up_crc32_header(&f, crc) != f.crc:
                 self._corrupt(pos)
         self.last = f

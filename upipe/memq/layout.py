@@ -76,7 +76,7 @@ CONTROL = (
     Field(256, "uint64_t", "head", 0, "position after the last claimed frame | selector of head_books"),
     Field(264, "uint64_t", "cached_tail", 0, "producers' copy of tail; guarded by producer_lock"),
     Field(272, "uint64_t", "last", 0, "position of the newest frame; a hint, guarded by producer_lock"),
-    Field(280, "uint32_t", "producer_cpu", 0, "1 + CPU of the last claim: a consumer on the same one does not spin"),
+    Field(280, "uint32_t", "producer_cpu", 0, "1 + CPU of the last claim: a consumer on the same one gives way"),
     Field(288, "uint64_t", "jump_from", 0, "where the latest jump's gap starts; guarded by producer_lock"),
     Field(296, "uint64_t", "jump_to", 0, "where it ends; true once head is behind it; guarded by producer_lock"),
     Field(320, "up_books", "head_books", 2, "claimed frames and bytes, refused frames; the selected one is true"),
