@@ -28,10 +28,8 @@ def _commands(quick: bool) -> dict[str, list[str]]:
         "spin": ["pingpong", "spin", "two", str(100_000 * more), "0"],
     }
     for pins in ("two", "one", "free"):
-        sleeping = [str(150 * more), "1000"]  # as in cases.py
-        found[f"futex-{pins}"] = ["pingpong", "futex", pins, *sleeping]
-        if pins != "one":
-            found[f"futex-busy-{pins}"] = ["pingpong", "futex", pins, str(2000 * more), "0"]
+        found[f"futex-{pins}"] = ["pingpong", "futex", pins, str(150 * more), "1000"]  # as in cases.py
+        found[f"futex-busy-{pins}"] = ["pingpong", "futex", pins, str(2000 * more), "0"]
     for label, size in (("1m", MIB), ("1080p", HD_BYTES)):
         frames = str(max(20, int(1e9 * more / size)))
         found[f"tcp-{label}"] = ["tcp", str(size), frames]
