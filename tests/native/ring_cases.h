@@ -404,6 +404,7 @@ static void case_mirror_refuses(void), case_mirror_drops(void), case_mirror_afte
 static void case_jump(void);
 static void case_hop(void);
 static void case_jump_at_random(void);
+static void case_slide(void);
 static void case_no_jump(void);
 static void case_jump_undone(void);
 
@@ -415,7 +416,7 @@ static void run_cases(void) {
         {"one recovery", case_one_recovery}, {"verdict", case_verdict}, {"replace", case_replace},
         {"replace lengths", case_replace_lengths}, {"dead sleeper", case_dead_sleeper}, {"attach", case_attach},
         {"mirror refuses", case_mirror_refuses}, {"mirror drops", case_mirror_drops}, {"mirror after readers", case_mirror_after_readers},
-        {"jump", case_jump}, {"hop", case_hop}, {"jump at random", case_jump_at_random}, {"no jump", case_no_jump},
+        {"jump", case_jump}, {"hop", case_hop}, {"jump at random", case_jump_at_random}, {"slide", case_slide}, {"no jump", case_no_jump},
         {"jump undone", case_jump_undone},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {

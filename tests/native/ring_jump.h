@@ -114,9 +114,10 @@ static void case_hop(void) {
 }
 
 /* Frames of all sizes, taken in order, finished in any, some held: none overlaps another, the order stays, and no more room is
- * missing than the largest frame and two granules. */
+ * missing than the largest frame and two granules; a quarter of the ring at most where all frames are equal. */
 static void case_jump_at_random(void) {
     enum { MOST = 48, LARGEST = 513 * UP_GRANULE };
+    uint64_t all_hops = 0;
     for (uint64_t seed = 1; seed <= 80; seed++) {
         up_ring base;
         member m;
@@ -131,7 +132,8 @@ static void case_jump_at_random(void) {
                 if (seed % 2) need = JUMP_NEED;
                 int rc = place(&m, need, &pos);
                 if (rc == UP_FULL) {
-                    CHECK(in_use(r) + need + LARGEST + 2 * UP_GRANULE > JUMP_RING, "no room for %llu", (unsigned long long)need);
+                    uint64_t lost = seed % 2 ? JUMP_RING / 4 - JUMP_NEED : LARGEST; /* of equal frames only what a jump left behind */
+                    CHECK(in_use(r) + need + lost + 2 * UP_GRANULE > JUMP_RING, "no room for %llu", (unsigned long long)need);
                     continue;
                 }
                 jumps += r->c->jump_to == pos;
@@ -161,7 +163,35 @@ static void case_jump_at_random(void) {
         for (uint64_t i = 0; i < n; i++) finish(&m, live[i].pos, UP_FINISHED);
         uint64_t pos;
         EQUAL(try_take(&m, &pos), UP_EMPTY);
-        CHECK(jumps && (hops || seed > 20), "seed %llu: %llu jumps, %llu hops", (unsigned long long)seed, (unsigned long long)jumps, (unsigned long long)hops);
+        CHECK(jumps, "seed %llu: no jump", (unsigned long long)seed);
+        all_hops += hops;
+        close_jumper(&m, &base);
+    }
+    CHECK(all_hops > 100, "%llu hops", (unsigned long long)all_hops);
+    window = 128;
+}
+
+/* A consumer that holds many and asks for one more before it ends the oldest: a jump keeps less than a quarter from it. */
+static void case_slide(void) {
+    uint64_t pos[64];
+    for (uint64_t seed = 1; seed <= 60; seed++) {
+        up_ring base;
+        member m;
+        uint64_t s = mix(seed), first = 0, next = 0, most = 1;
+        open_jumper(&m, &base);
+        window = 128ull << seed % 9;
+        for (int step = 0; step < 3000; step++) {
+            if (chance(&s, 20) == 0) most = 1 + chance(&s, chance(&s, 3) ? 4 : JUMP_FIT);
+            if (next - first >= most) finish(&m, pos[first++ % 64], UP_FINISHED);
+            if (next - first == JUMP_FIT || (next - first >= most && chance(&s, 2))) continue;
+            int rc = place(&m, JUMP_NEED, &pos[next % 64]);
+            if (rc == UP_OK) take_it(&m, pos[next % 64], JUMP_NEED), next++;
+            else {
+                CHECK(next - first > JUMP_FIT * 3 / 4, "%llu of %d are held", (unsigned long long)(next - first), JUMP_FIT);
+                most = 1 + chance(&s, 4);
+            }
+        }
+        while (first < next) finish(&m, pos[first++ % 64], UP_FINISHED);
         close_jumper(&m, &base);
     }
     window = 128;

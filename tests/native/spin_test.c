@@ -7,25 +7,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include <sched.h>
-
-#include "../../upipe/memq/_segment.h"
-
-static int yield(void);
-static int64_t now, pause_ns, wake_ns; /* wake_ns: from the frame until a sleeper runs */
-#define sched_yield yield
-#define up_now_ns(clock) now
 #include "../../upipe/memq/_spin.h"
 
 #define CHECK(ok) ((ok) ? (void)0 : (fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #ok), abort()))
 
-static int64_t spun, hits, slept; /* ns spent in spins; waits that ended in one, or in a sleep */
-static int64_t away, yields;      /* ns that a yield takes; how many there were */
-
-static int yield(void) {
-    yields++, now += away;
-    return 0;
-}
+static int64_t now, pause_ns, wake_ns; /* wake_ns: from the frame until a sleeper runs */
+static int64_t spun, hits, slept;      /* ns spent in spins; waits that ended in one, or in a sleep */
+static int64_t away, yields;           /* ns that a yield takes; how many there were */
 
 static void begin(up_spinning *s, int64_t pause, int64_t wake) {
     up_spinning_begin(s);
@@ -102,37 +90,37 @@ static void where_somebody_else_needs_the_cpu_nobody_spins_long(void) {
     CHECK(s.rest == UP_REST_MIN_NS); /* and one interruption after a long time counts little */
 }
 
+static int give_way(up_spinning *s) { /* as Sleeper._give_way */
+    int64_t began = now;
+    if (!up_may_give_way(s, began)) return 0;
+    yields++, now += away;
+    up_gave_way(s, now - began, now);
+    return 1;
+}
+
 static void who_shares_the_cpu_gives_way(void) {
     up_spinning s;
-    uint64_t word = 5;
     begin(&s, 57, 25000);
     yields = 0, away = 300;
-    for (int i = 0; i < 1000; i++) {
-        CHECK(up_give_way(&s, &word, 5) == 0); /* in vain, and no reason not to try again: it costs no time of anybody */
-        CHECK(up_give_way(&s, &word, 4) == 1);
-    }
+    for (int i = 0; i < 1000; i++) CHECK(give_way(&s)); /* in vain or not: it costs nobody anything */
+    away = UP_YIELDED_NS;
+    for (int i = 0; i < 1000; i++) CHECK(give_way(&s));
     CHECK(yields == 2000 && s.rest == 0);
 }
 
 static void but_not_where_somebody_else_takes_it(void) {
     up_spinning s;
-    uint64_t word = 5;
     int64_t began, lost = 0;
     begin(&s, 57, 25000);
     yields = 0, away = 3000000, began = now;
-    for (int i = 0; i < 1000000; i++, now += 50000) {
-        int64_t before = yields;
-        CHECK(up_give_way(&s, &word, 5) == 0);
-        if (yields > before) lost += away;
-    }
+    for (int i = 0; i < 1000000; i++, now += 50000) lost += give_way(&s) ? away : 0;
     CHECK(s.rest == UP_REST_MAX_NS && yields < 70);
     CHECK(lost < (now - began) / 200);
-    int64_t before = yields;
-    CHECK(up_give_way(&s, &word, 4) == 0 && yields == before); /* it rests, and does not look either: the caller sleeps, and looks */
+    CHECK(!give_way(&s));
     now += 20 * UP_REST_MAX_NS, away = 300;
-    CHECK(up_give_way(&s, &word, 4) == 1);
-    away = 3000000;
-    (void)up_give_way(&s, &word, 4);
+    CHECK(give_way(&s) && give_way(&s));
+    away = UP_YIELDED_NS + 1;
+    CHECK(give_way(&s) && !give_way(&s));
     CHECK(s.rest == UP_REST_MIN_NS);
 }
 

@@ -40,7 +40,11 @@ __attribute__((constructor(101))) static void up_crc_back_begin(void)
     for (int i = 0; i < 8; i++)
         for (uint32_t v = 0; v < 16; v++)
             up_crc_back_table[i][v] = up_crc_product(v << 4 * i, power);
+#ifdef _SC_LEVEL2_CACHE_SIZE
     long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+    long size = 0;
+#endif
     up_crc_own_cache = size > 0 ? (size_t)size : 0;
 }
 

@@ -2,7 +2,7 @@
 
 cdef enum:
     PACED = 262144          # ring bytes of a frame that is paced: smaller ones stay in the caches by their number
-    AHEAD = 8388608         # bytes in use that are still warm at both ends (as UP_WARM), or two frames: one written, one read
+    AHEAD = 4194304         # bytes in use that are still warm at both ends, or two frames: one written, one read
 
 cdef double KEEPS_UP = 5e9  # bytes a second: who takes so many is as fast as memory, and faster from the caches
 

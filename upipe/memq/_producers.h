@@ -19,7 +19,9 @@ static inline uint64_t up_refresh_tail(up_ring *r) { /* SYNC tail */
  * A gap holds no frame and costs no bytes, but head stays below tail + capacity: while S is in use, the memory of the gap would be
  * out of reach. A claim that has no room otherwise goes there (the HOP): a second gap reaches over S, and head may then go
  * on to the start of what jumped, to + capacity; S is what makes that more than tail + capacity. So a jump takes no room from
- * frames of equal size (up_jump sees to the granules), and from others less than one of them until S has ended.
+ * frames of equal size (up_jump sees to the granules) as long as S is held. What ends of S after a hop is out of reach until what
+ * jumped has ended too: less than a quarter of the ring, for S is no larger. And a free part in front of S and one behind it
+ * are two: a frame of more than half of the ring may have to wait until S has ended.
  *   - At most one jump at a time is in front of tail, and one hop behind it.
  *   - Both gaps have state words of their own where no frame starts: the jump's at `from`, one granule of which the hop leaves
  *     out; the hop's in a granule that up_limit keeps free for it.
@@ -28,7 +30,7 @@ static inline uint64_t up_refresh_tail(up_ring *r) { /* SYNC tail */
 #define UP_WARM_MIN 16384 /* ring bytes of a claim that may jump: below, the copy is cheaper than the look at tail */
 #endif
 #ifndef UP_WARM
-#define UP_WARM 8388608 /* ring bytes of the window: still in a shared cache, not any more in the other CPU's own */
+#define UP_WARM 6291456 /* ring bytes of the window: still in a shared cache, not any more in the other CPU's own */
 #endif
 
 /* A jump whose gap tail has not passed. */
@@ -119,7 +121,7 @@ static inline void up_open(up_ring *r, uint64_t need) {
  * 0 when it goes on at head, since
  *   - something may be dropped, or a mirror reads or writes here: equal positions there would be gaps to send;
  *   - nothing was below tail since the last jump, or nobody passed that yet; or what follows head was in use at the last jump;
- *   - much of the ring is in use, so that there is no small window; or a frame of this size less would fit in the end. */
+ *   - much of the ring is in use: no small window then, and much to be out of reach; or a frame of this size less would fit. */
 static inline uint64_t up_jump(up_ring *r, uint64_t need) {
     up_control *c = r->c;
     uint64_t head = up_position(UP_LD(&c->head)), from = UP_LD(&c->jump_from), to = UP_LD(&c->jump_to), used, most, gap;
@@ -127,7 +129,7 @@ static inline uint64_t up_jump(up_ring *r, uint64_t need) {
     if (from < to && head + need <= from + r->capacity) return 0;
     if (up_refresh_tail(r) < to + need) return 0;
     used = head + need - c->cached_tail;
-    if (used > r->capacity / 2 || (r->capacity - used) % need < 2 * UP_GRANULE) return 0;
+    if (used > r->capacity / 4 || (r->capacity - used) % need < 2 * UP_GRANULE) return 0;
     most = r->capacity / 2 < UP_WARM ? r->capacity / 2 : UP_WARM;
     if (used < most) used += (most - used) / need * need;
     gap = r->capacity - used - UP_GRANULE;

@@ -1,6 +1,10 @@
 # Sleeper: waiting until the other end moves.
 
 
+cdef up_spinning _giving_way  # of this process
+up_spinning_begin(&_giving_way)
+
+
 cdef class Sleeper(Handle):
     """Waiting until the other end moves."""
     cdef up_spinning spinning[2]  # per end
@@ -54,6 +58,17 @@ cdef class Sleeper(Handle):
             return self.r.c.producers_waiting
         return self.r.c.consumers_waiting
 
+    cdef int _give_way(self) noexcept:
+        """Before a consumer's sleep: let a producer run that shares our CPU. 1 when it has something now."""
+        cdef int64_t began = up_now_ns(CLOCK_MONOTONIC), ended
+        if not up_may_give_way(&_giving_way, began):
+            return 0
+        with nogil:
+            sched_yield()
+        ended = up_now_ns(CLOCK_MONOTONIC)
+        up_gave_way(&_giving_way, ended - began, ended)
+        return self._something()
+
     cdef int _spin(self, int producer) noexcept:
         """Spin while nothing changes; 1 when something did. (_spin.h says how long.)"""
         cdef up_spinning *spinning = &self.spinning[producer]
@@ -61,8 +76,7 @@ cdef class Sleeper(Handle):
         cdef uint64_t *word = &self.r.c.tail
         cdef uint64_t before
         cdef int64_t began, ended
-        cdef bint one = up_on_one_cpu(&self.r, producer)
-        if one and producer:
+        if up_on_one_cpu(&self.r, producer):
             return 0
         if not producer:
             before = UP_LD(&self.r.c.next)
@@ -71,10 +85,6 @@ cdef class Sleeper(Handle):
             else:
                 word = up_state_at(&self.r, before)  # the next frame is being written: wait for its commit
         before = UP_LD(word)
-        if one:
-            with nogil:
-                hit = up_give_way(spinning, word, before)
-            return hit
         if n < UP_SPIN_SHORT:
             hit = up_spin(word, before, n)
             up_spinning_spun(spinning, hit, 0, 0)
@@ -186,8 +196,11 @@ cdef class Sleeper(Handle):
             w.deadline = INFINITY if w.timeout == INFINITY else _now() + w.timeout
             if self._spin(w.producer):
                 return True
-            if not w.producer and not up_on_one_cpu(&self.r, 0):
-                w.since = up_now_ns(CLOCK_MONOTONIC)
+            if not w.producer:
+                if not up_on_one_cpu(&self.r, 0):
+                    w.since = up_now_ns(CLOCK_MONOTONIC)
+                elif self._give_way():
+                    return True
         if not w.fresh:  # arm, and let the caller try once more before we sleep
             bell = self._bell(w.producer)
             if not w.armed:

@@ -1,5 +1,4 @@
-/* How long to spin before a sleep, learned at each end of a queue from how often it helped. Pure but for up_spin and
- * up_give_way.
+/* How long to spin before a sleep, learned at each end of a queue from how often it helped. Pure but for up_spin.
  *
  * A spin that helped is twice as long the next time, one that did not is half as long. That alone would never find out that
  * answers come a little later than a short spin lasts, since then each wait ends in a sleep: so after a few brief sleeps in a
@@ -24,6 +23,7 @@ enum {
 };
 #define UP_BRIEF_NS 100000ll    /* a sleep that was no longer might as well have been a long spin */
 #define UP_TAKEN_NS 1000000ll   /* a spin that lasted longer was interrupted */
+#define UP_YIELDED_NS 200000ll /* as long may a yield last: the other end's answer, not somebody's slice */
 #define UP_REST_MIN_NS 8000000ll
 #define UP_REST_MAX_NS 1000000000ll
 
@@ -37,9 +37,9 @@ typedef struct {
 
 static inline void up_spinning_begin(up_spinning *s) { *s = (up_spinning){UP_SPIN_LONG / 2, 0, UP_TRIES_MIN, 0, 0}; }
 
-/* A spin, or a yield, ended at `now` after `ns`. 1 when somebody else had the CPU meanwhile: a rest begins. */
-static inline int up_spinning_taken(up_spinning *s, int64_t ns, int64_t now) {
-    if (ns <= UP_TAKEN_NS) return 0;
+/* A spin, or a yield, ended at `now` after `ns`. 1 when somebody else had the CPU for longer than `most`: a rest begins. */
+static inline int up_spinning_taken(up_spinning *s, int64_t ns, int64_t most, int64_t now) {
+    if (ns <= most) return 0;
     int64_t twice = 2 * s->rest < UP_REST_MAX_NS ? 2 * s->rest : UP_REST_MAX_NS;
     s->rest = s->rest && now - s->rests < 16 * s->rest ? twice : UP_REST_MIN_NS;
     s->rests = now + s->rest;
@@ -50,7 +50,7 @@ static inline int up_spinning_taken(up_spinning *s, int64_t ns, int64_t now) {
 /* A spin of s->length ended at `now` after `ns` (0 when it was short: nobody looked), in a hit or not. */
 static inline void up_spinning_spun(up_spinning *s, int hit, int64_t ns, int64_t now) {
     int n = s->length;
-    if (up_spinning_taken(s, ns, now)) return;
+    if (up_spinning_taken(s, ns, UP_TAKEN_NS, now)) return;
     if (hit)
         s->length = 2 * n + UP_SPIN_MIN < UP_SPIN_MAX ? 2 * n + UP_SPIN_MIN : UP_SPIN_MAX;
     else
@@ -81,17 +81,13 @@ static inline int up_spin(uint64_t *word, uint64_t before, int n) {
     return 0;
 }
 
-/* On the CPU of the other end nothing comes while we spin. Give way to it once instead: its frame may be there when we are
- * back, without a sleep of ours and a wake of its, or it gets ours sooner. 1 when the word changed. Whatever else needs this
- * CPU runs first as well, for a slice, where a sleeper's wake might go before it: so this rests as long spins do. */
-static inline int up_give_way(up_spinning *s, uint64_t *word, uint64_t before) {
-    int64_t began = up_now_ns(CLOCK_MONOTONIC), ended;
-    if (began < s->rests) return 0;
-    sched_yield();
-    ended = up_now_ns(CLOCK_MONOTONIC);
-    (void)up_spinning_taken(s, ended - began, ended);
-    return UP_LD(word) != before;
-}
+/* On the CPU of the other end nothing comes while we spin. Give way to it once instead (sched_yield), before a sleep: its frame
+ * may be there when we are back, without a sleep of ours and a wake of its, or it gets ours sooner. Whatever else needs this
+ * CPU runs first as well, for a slice, where a sleeper's wake might go before it: so this rests as long spins do. One `s` for
+ * all queues of a process: whether somebody needs the CPU is not the queue's matter. */
+static inline int up_may_give_way(const up_spinning *s, int64_t now) { return now >= s->rests; }
+
+static inline void up_gave_way(up_spinning *s, int64_t ns, int64_t now) { (void)up_spinning_taken(s, ns, UP_YIELDED_NS, now); }
 
 /* Was the other end last seen on our CPU? Then it cannot run while we spin. */
 static inline int up_on_one_cpu(up_ring *r, int producer) {
