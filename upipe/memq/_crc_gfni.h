@@ -12,7 +12,7 @@
  *
  *     y[i] = m[i] ^ A4(y[i-4]) ^ A5(y[i-5]) ^ A7(y[i-7]) ^ A8(y[i-8])
  *
- * and takes the register of y[i-8]. The test derives the matrices anew. Of no use where a multiplication starts each
+ * and takes the register of y[i-8]. The test checks the matrices against their definition. Of no use where a multiplication starts each
  * cycle and one port transforms (Intel), hence asked for on AMD only. (Rejected: sums of blocks alone, by sparse multiples of
  * P, which take a window of 300 blocks or more in memory; both at once, for nothing reads memory so fast.) */
 #ifndef UPIPE_MEMQ_CRC_GFNI_H
