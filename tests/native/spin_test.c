@@ -78,19 +78,19 @@ static void where_somebody_else_needs_the_cpu_nobody_spins_long(void) {
         wait_for(&s, 30000, i % 75 == 0 && s.length >= UP_SPIN_LONG ? 3000000 : 0);
         if (spun - before > 1000000) lost += spun - before;
     }
-    CHECK(s.rest == UP_REST_MAX_NS);
+    CHECK(s.rest.ns == UP_REST_MAX_NS);
     CHECK(lost < now / 50);
-    int64_t until = s.rests;
+    int64_t until = s.rest.until;
     for (int i = 0; now < until; i++) wait_for(&s, 30000, 0);
     for (int i = 0; i < 10; i++) wait_for(&s, 30000, 0);
     hits = slept = 0;
     for (int i = 0; i < 1000000; i++) wait_for(&s, 30000, 0);
     CHECK(hits == 1000000); /* there is room again */
     wait_for(&s, 30000, 3000000);
-    CHECK(s.rest == UP_REST_MIN_NS); /* and one interruption after a long time counts little */
+    CHECK(s.rest.ns == UP_REST_MIN_NS); /* and one interruption after a long time counts little */
 }
 
-static int give_way(up_spinning *s) { /* as Sleeper._give_way */
+static int give_way(up_rest *s) { /* as Sleeper._give_way */
     int64_t began = now;
     if (!up_may_give_way(s, began)) return 0;
     yields++, now += away;
@@ -99,29 +99,29 @@ static int give_way(up_spinning *s) { /* as Sleeper._give_way */
 }
 
 static void who_shares_the_cpu_gives_way(void) {
-    up_spinning s;
-    begin(&s, 57, 25000);
+    up_rest s = {0, 0};
+    now = 1000000000;
     yields = 0, away = 300;
     for (int i = 0; i < 1000; i++) CHECK(give_way(&s)); /* in vain or not: it costs nobody anything */
     away = UP_YIELDED_NS;
     for (int i = 0; i < 1000; i++) CHECK(give_way(&s));
-    CHECK(yields == 2000 && s.rest == 0);
+    CHECK(yields == 2000 && s.ns == 0);
 }
 
 static void but_not_where_somebody_else_takes_it(void) {
-    up_spinning s;
+    up_rest s = {0, 0};
     int64_t began, lost = 0;
-    begin(&s, 57, 25000);
+    now = 1000000000;
     yields = 0, away = 3000000, began = now;
     for (int i = 0; i < 1000000; i++, now += 50000) lost += give_way(&s) ? away : 0;
-    CHECK(s.rest == UP_REST_MAX_NS && yields < 70);
+    CHECK(s.ns == UP_REST_MAX_NS && yields < 70);
     CHECK(lost < (now - began) / 200);
     CHECK(!give_way(&s));
     now += 20 * UP_REST_MAX_NS, away = 300;
     CHECK(give_way(&s) && give_way(&s));
     away = UP_YIELDED_NS + 1;
     CHECK(give_way(&s) && !give_way(&s));
-    CHECK(s.rest == UP_REST_MIN_NS);
+    CHECK(s.ns == UP_REST_MIN_NS);
 }
 
 int main(void) {

@@ -204,8 +204,10 @@ cdef extern from "_spin.h" nogil:
     void up_spinning_spun(up_spinning *s, int hit, int64_t ns, int64_t now)
     void up_spinning_slept(up_spinning *s, int64_t ns, int64_t now)
     int up_spin(uint64_t *word, uint64_t before, int n)
-    int up_may_give_way(up_spinning *s, int64_t now)
-    void up_gave_way(up_spinning *s, int64_t ns, int64_t now)
+    ctypedef struct up_rest:
+        pass
+    int up_may_give_way(up_rest *r, int64_t now)
+    void up_gave_way(up_rest *r, int64_t ns, int64_t now)
     int sched_yield()
     int up_on_one_cpu(up_ring *r, int producer)
 

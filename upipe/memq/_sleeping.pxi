@@ -1,8 +1,7 @@
 # Sleeper: waiting until the other end moves.
 
 
-cdef up_spinning _giving_way  # of this process
-up_spinning_begin(&_giving_way)
+cdef up_rest _yields_rest  # of this process
 
 
 cdef class Sleeper(Handle):
@@ -61,12 +60,12 @@ cdef class Sleeper(Handle):
     cdef int _give_way(self) noexcept:
         """Before a consumer's sleep: let a producer run that shares our CPU. 1 when it has something now."""
         cdef int64_t began = up_now_ns(CLOCK_MONOTONIC), ended
-        if not up_may_give_way(&_giving_way, began):
+        if not up_may_give_way(&_yields_rest, began):
             return 0
         with nogil:
             sched_yield()
         ended = up_now_ns(CLOCK_MONOTONIC)
-        up_gave_way(&_giving_way, ended - began, ended)
+        up_gave_way(&_yields_rest, ended - began, ended)
         return self._something()
 
     cdef int _spin(self, int producer) noexcept:

@@ -23,34 +23,40 @@ enum {
 };
 #define UP_BRIEF_NS 100000ll    /* a sleep that was no longer might as well have been a long spin */
 #define UP_TAKEN_NS 1000000ll   /* a spin that lasted longer was interrupted */
-#define UP_YIELDED_NS 200000ll /* as long may a yield last: the other end's answer, not somebody's slice */
+#define UP_YIELDED_NS 200000ll  /* as long may a yield last: the other end's answer, not somebody's slice */
 #define UP_REST_MIN_NS 8000000ll
 #define UP_REST_MAX_NS 1000000000ll
+
+typedef struct {
+    int64_t ns;    /* without long spins, or without yields, after the last interruption */
+    int64_t until; /* CLOCK_MONOTONIC */
+} up_rest;
 
 typedef struct {
     int length;    /* pause instructions before the next sleep */
     int brief;     /* brief sleeps in a row */
     int tries;     /* so many before a long spin is tried */
-    int64_t rest;  /* ns without long spins and yields after the last interruption */
-    int64_t rests; /* until then, CLOCK_MONOTONIC */
+    up_rest rest;
 } up_spinning;
 
-static inline void up_spinning_begin(up_spinning *s) { *s = (up_spinning){UP_SPIN_LONG / 2, 0, UP_TRIES_MIN, 0, 0}; }
+static inline void up_spinning_begin(up_spinning *s) { *s = (up_spinning){UP_SPIN_LONG / 2, 0, UP_TRIES_MIN, {0, 0}}; }
 
 /* A spin, or a yield, ended at `now` after `ns`. 1 when somebody else had the CPU for longer than `most`: a rest begins. */
-static inline int up_spinning_taken(up_spinning *s, int64_t ns, int64_t most, int64_t now) {
+static inline int up_taken(up_rest *r, int64_t ns, int64_t most, int64_t now) {
     if (ns <= most) return 0;
-    int64_t twice = 2 * s->rest < UP_REST_MAX_NS ? 2 * s->rest : UP_REST_MAX_NS;
-    s->rest = s->rest && now - s->rests < 16 * s->rest ? twice : UP_REST_MIN_NS;
-    s->rests = now + s->rest;
-    s->length = UP_SPIN_MIN;
+    int64_t twice = 2 * r->ns < UP_REST_MAX_NS ? 2 * r->ns : UP_REST_MAX_NS;
+    r->ns = r->ns && now - r->until < 16 * r->ns ? twice : UP_REST_MIN_NS;
+    r->until = now + r->ns;
     return 1;
 }
 
 /* A spin of s->length ended at `now` after `ns` (0 when it was short: nobody looked), in a hit or not. */
 static inline void up_spinning_spun(up_spinning *s, int hit, int64_t ns, int64_t now) {
     int n = s->length;
-    if (up_spinning_taken(s, ns, UP_TAKEN_NS, now)) return;
+    if (up_taken(&s->rest, ns, UP_TAKEN_NS, now)) {
+        s->length = UP_SPIN_MIN;
+        return;
+    }
     if (hit)
         s->length = 2 * n + UP_SPIN_MIN < UP_SPIN_MAX ? 2 * n + UP_SPIN_MIN : UP_SPIN_MAX;
     else
@@ -65,7 +71,7 @@ static inline void up_spinning_spun(up_spinning *s, int hit, int64_t ns, int64_t
 /* A consumer slept from the end of its spin until `now`. */
 static inline void up_spinning_slept(up_spinning *s, int64_t ns, int64_t now) {
     s->brief = ns < UP_BRIEF_NS ? s->brief + 1 : 0;
-    if (s->brief < s->tries || now < s->rests) return;
+    if (s->brief < s->tries || now < s->rest.until) return;
     s->brief = 0;
     s->length = UP_SPIN_MAX;
 }
@@ -83,11 +89,11 @@ static inline int up_spin(uint64_t *word, uint64_t before, int n) {
 
 /* On the CPU of the other end nothing comes while we spin. Give way to it once instead (sched_yield), before a sleep: its frame
  * may be there when we are back, without a sleep of ours and a wake of its, or it gets ours sooner. Whatever else needs this
- * CPU runs first as well, for a slice, where a sleeper's wake might go before it: so this rests as long spins do. One `s` for
- * all queues of a process: whether somebody needs the CPU is not the queue's matter. */
-static inline int up_may_give_way(const up_spinning *s, int64_t now) { return now >= s->rests; }
+ * CPU runs first as well, for a slice, where a sleeper's wake might go before it: so this rests as long spins do, with one
+ * rest for all queues of a process: whether somebody needs the CPU is not the queue's matter. */
+static inline int up_may_give_way(const up_rest *r, int64_t now) { return now >= r->until; }
 
-static inline void up_gave_way(up_spinning *s, int64_t ns, int64_t now) { (void)up_spinning_taken(s, ns, UP_YIELDED_NS, now); }
+static inline void up_gave_way(up_rest *r, int64_t ns, int64_t now) { (void)up_taken(r, ns, UP_YIELDED_NS, now); }
 
 /* Was the other end last seen on our CPU? Then it cannot run while we spin. */
 static inline int up_on_one_cpu(up_ring *r, int producer) {
