@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -50,12 +51,10 @@ def main(
     processes.adopt_orphans()
     about = machine.describe()
     started = time.monotonic()
-    measured_limits = limits.measure([case.limit for case in chosen if case.limit], quick)
-    tables = schedule.run(
-        chosen, peers, quick, (budget or (QUICK_BUDGET if quick else FULL_BUDGET)) - time.monotonic() + started
-    )
-    for table in tables:
-        table.limits = limits.beside(table.case, measured_limits)
+    with tempfile.TemporaryDirectory(prefix="upipe-bench-") as folder:
+        measure_limits = limits.Limits(Path(folder), quick)
+        seconds = budget or (QUICK_BUDGET if quick else FULL_BUDGET)
+        tables = schedule.run(chosen, peers, quick, seconds, limits=measure_limits)
     verdicts = targets.judge(tables)
     console = Console(width=None if sys.stdout.isatty() else 150)
     render.show(tables, about, verdicts, console)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import statistics
 import subprocess
-import tempfile
-from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,7 +14,6 @@ from benchmark.model import MIB
 NATIVE = Path(__file__).parent / "native"
 HEADERS = Path(__file__).parents[2] / "upipe" / "memq"
 """Of the checksum."""
-REPEATS = 3
 
 
 def _commands(quick: bool) -> dict[str, list[str]]:
@@ -43,36 +39,41 @@ def _commands(quick: bool) -> dict[str, list[str]]:
     return found
 
 
-def _wanted(names: Iterable[str]) -> list[str]:
-    """The limits of the cases, and what is shown beside them."""
-    found: dict[str, None] = {}
-    for name in names:
-        found[name] = None
-        if name.startswith("futex"):
-            found[name.replace("futex", "futex-busy")] = None
-        if name.startswith("memcpy"):
-            _, label, _ = name.split("-")
-            for kind in ("copy", "copy+crc", "view", "view+crc"):
-                found[name.replace("memcpy", kind)] = None
-            found[f"tcp-{label}"] = None
-    return list(found)
-
-
-def measure(names: Iterable[str], quick: bool) -> dict[str, float]:
-    """The median of three runs of each; what cannot be built or run is left out."""
-    wanted = _wanted(names)
-    if not wanted or shutil.which("gcc") is None:
-        return {}
-    commands, found = _commands(quick), {}
-    with tempfile.TemporaryDirectory(prefix="upipe-bench-") as folder:
-        for name in wanted:
-            if name in commands and not (name.startswith("cable") and hosts.why_not()):
-                with hosts.pair() if name.startswith("cable") else nullcontext():
-                    values = [_run(Path(folder), commands[name]) for _ in range(REPEATS)]
-                good = [one for one in values if one is not None]
-                if good:
-                    found[name] = statistics.median(good)
+def beside(case: Case) -> list[str]:
+    """The limits that belong beside a case; the one it is judged by first."""
+    if not case.limit:
+        return []
+    found = [case.limit]
+    if case.limit.startswith("futex"):
+        found.append(case.limit.replace("futex", "futex-busy"))
+    if case.limit.startswith("memcpy"):
+        way = "copy" if case.name.endswith("copy") or "-copy-" in case.name else "view"
+        found += [case.limit.replace("memcpy", kind) for kind in (way, f"{way}+crc")]
+        found.append(f"tcp-{case.limit.split('-')[1]}")
     return found
+
+
+class Limits:
+    """Measures the limits of a case, once for each call: rounds call it beside uPipe's own rows, so that a slow minute
+    hits both. Programs are built in `folder`, when they are first wanted."""
+
+    def __init__(self, folder: Path, quick: bool) -> None:
+        self._folder = folder
+        self._commands = _commands(quick)
+
+    def __call__(self, case: Case) -> dict[str, float]:
+        """Name -> value in the unit of the case. What cannot be built or run is left out."""
+        if shutil.which("gcc") is None:
+            return {}
+        found = {name: self._measure(name) for name in beside(case) if name in self._commands}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _measure(self, name: str) -> float | None:
+        cable = name.startswith("cable")
+        if cable and hosts.why_not():
+            return None
+        with hosts.pair() if cable else nullcontext():
+            return _run(self._folder, self._commands[name])
 
 
 def _run(folder: Path, command: list[str]) -> float | None:
@@ -86,12 +87,3 @@ def _run(folder: Path, command: list[str]) -> float | None:
         return float(done.stdout.split()[0])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
-
-
-def beside(case: Case, measured: dict[str, float]) -> dict[str, float]:
-    """Those that belong beside a case."""
-    if not case.limit:
-        return {}
-    wanted = _wanted([case.limit])
-    other = "view" if case.name.endswith("copy") or "-copy-" in case.name else "copy"
-    return {name: measured[name] for name in wanted if name in measured and not name.startswith(other)}

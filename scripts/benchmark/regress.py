@@ -19,8 +19,8 @@ SLACK = 0.5
 
 
 def ratios(tables: Sequence[Table]) -> dict[str, float]:
-    """"case: uPipe's row / peer" -> how many times as good (above 1: better), for all pairs of lossless rows; of frames
-    "case: uPipe's row / limit", the physical limit that makes as many copies."""
+    """How many times as good as others uPipe's lossless rows are (above 1: better): "case: row / peer" for each
+    lossless peer; for frames "case: row / limit", the physical limit that makes as many copies."""
     found = {}
     for table in tables:
         for mine in (row for row in table.rows if row.peer.own and row.good and not row.lost and not row.bad):

@@ -14,6 +14,7 @@ from benchmark.run import measure
 from benchmark.stats import Row, Table
 
 Measure = Callable[[Peer, Sequence[Work], float], list[Outcome]]
+MeasureLimits = Callable[[Case], dict[str, float]]
 GRACE = 15.0
 """Seconds that the first round may take longer than the budget; what it has not begun then is shown as not run."""
 SLACK = 12.0
@@ -22,11 +23,15 @@ SLACK = 12.0
 
 @dataclass(frozen=True)
 class Job:
-    """One process to start: a peer, and the cases it does there."""
+    """One process to start: a peer, and the cases it does there. No peer: the physical limits of a case."""
 
-    peer: Peer
+    peer: Peer | None
     cases: tuple[Case, ...]
     round: int
+
+    @property
+    def name(self) -> str:
+        return self.peer.name if self.peer is not None else "limits"
 
 
 def jobs(cases: Sequence[Case], wanted: Sequence[str], quick: bool) -> Iterator[Job]:
@@ -36,11 +41,12 @@ def jobs(cases: Sequence[Case], wanted: Sequence[str], quick: bool) -> Iterator[
         heavy: dict[str, tuple[Peer, list[Case]]] = {}
         found: list[Job] = []
         for case in now:
-            peers = [peer for peer in case.peers() if matches(peer.name, wanted)]
+            # The limits go with uPipe's own rows: those are first, and last where the order is reversed.
+            peers = [*([None] if case.limit else []), *(peer for peer in case.peers() if matches(peer.name, wanted))]
             for peer in peers if number % 2 == 0 else reversed(peers):
-                if quick and not in_quick(case, peer):
+                if quick and peer is not None and not in_quick(case, peer):
                     continue
-                if not peer.heavy:
+                if peer is None or not peer.heavy:
                     found.append(Job(peer, (case,), number))
                 elif number < (1 if quick else 3):
                     heavy.setdefault(peer.name, (peer, []))[1].append(case)
@@ -51,6 +57,8 @@ def jobs(cases: Sequence[Case], wanted: Sequence[str], quick: bool) -> Iterator[
 
 def _urgency(job: Job) -> tuple[bool, bool]:
     """In a quick run first what the targets are about, and of that first what has few rows."""
+    if job.peer is None:
+        return (False, True)
     few = job.peer.heavy > 0 or job.cases[0].kind in ("start", "idle", "among")
     return (not (job.peer.own or job.peer.key), not few)
 
@@ -66,8 +74,15 @@ def matches(name: str, wanted: Sequence[str]) -> bool:
     return not wanted or any(one in (name, name.rstrip("~")) or name.startswith(f"{one}.") for one in wanted)
 
 
-def run(cases: Sequence[Case], wanted: Sequence[str], quick: bool, budget: float, do: Measure = measure) -> list[Table]:
-    """Run everything. After `budget` seconds no further round is begun."""
+def run(
+    cases: Sequence[Case],
+    wanted: Sequence[str],
+    quick: bool,
+    budget: float,
+    do: Measure = measure,
+    limits: MeasureLimits = lambda case: {},
+) -> list[Table]:
+    """Run everything. After `budget` seconds no further measurement is begun."""
     tables = {
         case.name: Table(case, [Row(peer) for peer in case.peers() if matches(peer.name, wanted)]) for case in cases
     }
@@ -76,9 +91,13 @@ def run(cases: Sequence[Case], wanted: Sequence[str], quick: bool, budget: float
         spent = time.monotonic() - started
         if spent > (budget if job.round else budget + GRACE):
             break
+        _progress(job, started)
+        if job.peer is None:
+            for name, value in limits(job.cases[0]).items():
+                tables[job.cases[0].name].limit_values.setdefault(name, []).append(value)
+            continue
         seconds = [case.seconds[0 if quick else 1] for case in job.cases]
         works = [case.work(job.peer, one) for case, one in zip(job.cases, seconds, strict=True)]
-        _progress(job, started)
         outcomes = do(job.peer, works, job.peer.heavy + 4 * sum(seconds) + SLACK)
         for case, outcome in zip(job.cases, outcomes, strict=True):
             row = tables[case.name].row(job.peer.name)
@@ -101,6 +120,6 @@ def _supported(table: Table, quick: bool) -> Table:
 def _progress(job: Job | None, started: float) -> None:
     if not sys.stderr.isatty():
         return
-    text = f"round {job.round + 1}: {', '.join(case.name for case in job.cases)[:40]}: {job.peer.name}" if job else ""
+    text = f"round {job.round + 1}: {', '.join(case.name for case in job.cases)[:40]}: {job.name}" if job else ""
     sys.stderr.write(f"\r\033[K{time.monotonic() - started:4.0f} s  {text}"[:110] if job else "\r\033[K")
     sys.stderr.flush()

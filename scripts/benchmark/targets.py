@@ -129,8 +129,7 @@ def _values(row: Row, target: Target) -> list[float]:
 
 def _against(target: Target, table: Table) -> tuple[str, list[float]]:
     if target.limit:
-        value = table.limits.get(target.limit)
-        return f"C {target.limit}", [value] * ENOUGH if value else []
+        return f"C {target.limit}", table.limit_values.get(target.limit, [])
     if target.measure == "cpu":
         rows = [row for row in table.rows if row.comparable and row.cpu and row.peer.name.startswith(target.peers)]
         best = min(rows, key=lambda row: row.cpu or 0.0, default=None)

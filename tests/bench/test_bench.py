@@ -274,23 +274,47 @@ def test_descendants_are_ended() -> None:
     assert processes.tree_seconds(me) > 0 and processes.tree_seconds(me, me) < processes.tree_seconds(me)
 
 
+def _case(name: str) -> cases.Case:
+    return next(case for case in cases.CASES if case.name == name)
+
+
+def test_the_limits_of_a_case_are_measured_in_every_round_next_to_our_own_rows() -> None:
+    names: list[str] = []
+
+    def limit(case: cases.Case) -> dict[str, float]:
+        names.append("limits")
+        return {case.limit: float(len(names))}
+
+    def pretend(peer: Peer, works: Sequence[Work], timeout: float) -> list[Outcome]:
+        names.append(peer.name)
+        return [ok(1.0)]
+
+    case = _case("rtt-asleep-one")
+    (found,) = schedule.run([case], ["upipe.put", "mp.Pipe"], False, 1e9, pretend, limit)
+    there = ["limits", "upipe.put", "upipe.put~", "mp.Pipe", "mp.Pipe.duplex"]
+    assert names == [*there, *there[::-1], *there, *there[::-1], *there]
+    assert found.limit_values == {"futex-one": [1.0, 10.0, 11.0, 20.0, 21.0]} and found.limits == {"futex-one": 11.0}
+    names.clear()
+    (found,) = schedule.run([SMALL], ["mp.Pipe"], True, 0.0, pretend, limit)
+    assert names[0] == "limits" and found.limit_values == {"ring": [1.0]}
+
+
 @pytest.mark.slow
-def test_limits_are_measured() -> None:
-    found = limits.measure(["futex-one", "futex-two"], quick=True)
-    assert set(found) == {"futex-one", "futex-busy-one", "futex-two", "futex-busy-two"}
+def test_limits_are_measured(tmp_path: Path) -> None:
+    measure = limits.Limits(tmp_path, quick=True)
+    found = measure(_case("rtt-asleep-one"))
+    assert set(found) == {"futex-one", "futex-busy-one"}
     assert all(0.5 < value < 1e6 for value in found.values())
+    assert measure(_case("chain")) == {}
 
 
 @pytest.mark.slow
-def test_what_frames_cost_without_a_queue_is_measured_with_and_without_their_checksum() -> None:
-    found = limits.measure(["memcpy-1m-8"], quick=True)
-    ways = {"copy-1m-8", "copy+crc-1m-8", "view-1m-8", "view+crc-1m-8"}
-    assert set(found) == {"memcpy-1m-8", "tcp-1m", *ways}
-    assert all(0.1 < value < 500 for value in found.values())
-    copies = next(case for case in cases.CASES if case.name == "frames-1m-copy")
-    views = next(case for case in cases.CASES if case.name == "frames-1m-view")
-    assert set(limits.beside(copies, found)) & ways == {"copy-1m-8", "copy+crc-1m-8"}
-    assert set(limits.beside(views, found)) & ways == {"view-1m-8", "view+crc-1m-8"}
+def test_what_frames_cost_without_a_queue_is_measured_with_and_without_their_checksum(tmp_path: Path) -> None:
+    measure = limits.Limits(tmp_path, quick=True)
+    for way in ("copy", "view"):
+        found = measure(_case(f"frames-1m-{way}"))
+        assert set(found) == {"memcpy-1m-8", "tcp-1m", f"{way}-1m-8", f"{way}+crc-1m-8"}
+        assert all(0.1 < value < 500 for value in found.values())
 
 
 # --- the chart -------------------------------------------------------------------------------------------------------
@@ -329,13 +353,13 @@ def test_where_less_is_better_a_ratio_is_turned_round() -> None:
 def test_frames_are_compared_with_as_many_copies_in_c(tmp_path: Path) -> None:
     frames = next(case for case in cases.CASES if case.name == "frames-1m-copy")
     one = table(frames, (OURS, [ok(20)]), (Peer("other", "x:Y"), [ok(0.5)]))
-    one.limits = {"memcpy-1m-8": 40.0, "copy-1m-8": 25.0, "tcp-1m": 4.0}
+    one.limit_values = {"memcpy-1m-8": [40.0], "copy-1m-8": [24.0, 30.0, 25.0], "tcp-1m": [4.0]}
     path = tmp_path / "baseline.json"
     regress.write([one], path)
     assert json.loads(path.read_text()) == {"frames-1m-copy: upipe.put / copy-1m-8": 0.8}
     one.rows[0].outcomes[:] = [ok(9)]
     assert "0.36, less than" in regress.problems([one], path)[0]
-    one.limits = {}
+    one.limit_values = {}
     assert "not measured" in regress.problems([one], path)[0]
 
 
