@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import timeit
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -125,6 +126,26 @@ def test_codes_are_those_of_the_architecture() -> None:
     assert {dtype.name: dtype.value for dtype in DType} == {
         name: int(code) for name, code in (entry.split() for entry in codes.split(", "))
     }
+
+
+def test_a_code_is_looked_up_like_any_attribute_of_a_class() -> None:
+    import upipe.memq  # noqa: F401 - which sees to it where Python itself does not
+
+    class Plain:
+        U32 = 9
+
+    def quickest(owner: type) -> float:
+        return min(timeit.repeat("owner.U32", globals={"owner": owner}, number=20_000, repeat=50))
+
+    assert quickest(DType) < 2 * quickest(Plain)  # 4 times in Python 3.11
+    with pytest.raises(AttributeError, match="U128"):
+        DType.U128  # type: ignore[attr-defined]  # noqa: B018
+    assert DType["U32"] is DType(9) is DType.U32 is pickle.loads(pickle.dumps(DType.U32))
+
+    class Other(enum.IntEnum):
+        A = 1
+
+    assert Other.A == 1 and type(Other) is enum.EnumType  # other enums are as they were
 
 
 def test_the_bytes_of_a_frame_are_those_of_the_architecture() -> None:

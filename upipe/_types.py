@@ -9,7 +9,7 @@ import reprlib
 import struct
 import zlib
 from collections.abc import Callable
-from enum import IntEnum
+from enum import EnumType, IntEnum
 from typing import Any, NamedTuple, TypeAlias, TypeVar, overload
 
 import numpy as np
@@ -45,7 +45,11 @@ CUSTOM_BASE = 1024
 CUSTOM_CODES = 64512
 
 
-class DType(IntEnum):
+class Codes(EnumType):
+    """Type of DType, which the native module makes look members up as any class does (memq/_codes.pxi)."""
+
+
+class DType(IntEnum, metaclass=Codes):
     """What a frame's payload is. Codes are part of the frame's layout and never change.
 
     ``emit(value)`` picks one, ``emit(value, DType.U32)`` forces one; a value that does not fit is an EncodeError.

@@ -117,7 +117,7 @@ static void crash_consumer(const up_ring *base, uint64_t seed) {
     join(m, base, seed, now_drill->most);
     if (chance(&m->seed, 2)) recover_all(m, 0); /* beside the reaper, as in a queue without a supervisor */
     while (rc != UP_END) {
-        uint32_t n = now_drill->get ? 4 : 0;
+        uint32_t n = now_drill->get ? 1 + 3 * chance(&m->seed, 2) : 0;
         rc = n ? consume(m, f, &n) : UP_TOOBIG;
         if (rc == UP_OK)
             for (uint32_t i = 0; i < n; i++) {

@@ -244,8 +244,10 @@ static int admit(member *m, uint64_t need) { /* under producer_lock */
 static int try_put(member *m, const up_meta *meta, int abort_) {
     up_ring *r = &m->r;
     uint64_t need = up_need(meta->size, meta->flags), pos = 0;
+    int small = meta->flags & UP_FLAG_INLINE && !abort_;
     lock(m, r->c->producer_lock);
-    int rc = admit(m, need), small = meta->flags & UP_FLAG_INLINE && !abort_;
+    if (small && up_put_locked(r, meta) == UP_OK) return UP_OK;
+    int rc = admit(m, need);
     if (rc == UP_OK && small) up_put_inline(r, meta);
     if (rc == UP_OK && !small) pos = up_claim(r, need, meta->size);
     if (rc == UP_REFUSED) up_count_refused(r);
@@ -320,6 +322,11 @@ static int consume(member *m, up_frame *out, uint32_t *n) {
     uint32_t most = *n, got = 0;
     int rc = UP_OK;
     lock(m, m->r.c->consumer_lock);
+    if (most == 1) {
+        rc = up_get_locked(&m->r, out);
+        *n = rc == UP_OK;
+        return rc;
+    }
     while (got < most && (rc = up_consume(&m->r, &out[got])) == UP_OK) got++;
     if (got) up_advance(&m->r);
     unlock(m->r.c->consumer_lock);

@@ -101,6 +101,11 @@ static void op_consume(member *m) {
     uint32_t n = 2;
     (void)consume(m, f, &n);
 }
+static void op_get(member *m) {
+    up_frame f;
+    uint32_t n = 1;
+    (void)consume(m, &f, &n);
+}
 static void take_two(member *m) {
     (void)take(m, &step_pos[1], 0, 1);
     (void)take(m, &step_pos[0], 0, 1);
@@ -191,6 +196,7 @@ static const step steps[] = {
     {.name = "bury", .before = op_take, .op = op_bury, .held = 1, .ends = 1},
     {.name = "give back", .before = take_two, .op = op_give_back, .held = 2},
     {.name = "consume", .before = nothing, .op = op_consume, .ends = 2},
+    {.name = "get", .before = nothing, .op = op_get, .ends = 1},
     {.name = "close the stream", .before = nothing, .op = op_close},
     {.name = "leave", .before = put_one_take_two, .op = op_leave, .puts_before = 1, .held = 2},
     {.name = "leave with claims", .before = claim_two_take_two, .op = op_leave, .puts_before = 1, .held = 2},
@@ -339,7 +345,7 @@ static void set_stage(const step *s, stage *g) {
     join(&g->m, &g->base, 1, STEP_MOST);
     for (uint32_t i = 0; i < STEP_IDS; i++) CHECK(up_set_producer(&g->base, i, UP_PRODUCER_DECLARED, 0) == UP_OK, "declare");
     CHECK(up_use_producer(&g->m.r, SURVIVOR, 1) == UP_OK, "producer");
-    if (s->op == op_consume) CHECK(put_batch(&g->m, SMALL, STEP_FRAMES) == STEP_FRAMES, "put");
+    if (s->op == op_consume || s->op == op_get) CHECK(put_batch(&g->m, SMALL, STEP_FRAMES) == STEP_FRAMES, "put");
     else for (uint64_t i = 0; i < STEP_FRAMES; i++) (void)put(&g->m, i);
 }
 

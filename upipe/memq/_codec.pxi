@@ -1,7 +1,6 @@
 # The hot part of encode and decode: scalars, str, bytes, plain arrays. All else goes through upipe.frame.
 
 cdef enum:
-    UP_CORRUPT = -51         # the frame was buried: its CRC does not match
     _NONE = 1
     _BOOL = 2
     _I8 = 3
@@ -126,16 +125,19 @@ cdef bint _encode_array(cnp.ndarray value, Out *o) except -1:
     return True
 
 
-cdef list _encode(object value, int dtype, Out *o, bint allow_pickle):
+cdef inline list _encode(object value, int dtype, Out *o, bint allow_pickle):
     """Fill o. Returns None when the payload is inline or o.data points into value, else the parts to copy."""
+    o.data = NULL
+    if type(value) is int and _encode_int(value, dtype, o):
+        return None
+    return _encode_other(value, dtype, o, allow_pickle)
+
+
+cdef list _encode_other(object value, int dtype, Out *o, bint allow_pickle):
     cdef Py_ssize_t size
     cdef double number
-    o.data = NULL
     kind = type(value)
-    if kind is int:
-        if _encode_int(value, dtype, o):
-            return None
-    elif kind is float:
+    if kind is float:
         if dtype == -1 or dtype == _F64:
             _meta(&o.m, _F64, UP_FLAG_INLINE, 8)
             number = PyFloat_AS_DOUBLE(value)

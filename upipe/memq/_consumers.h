@@ -107,8 +107,9 @@ static inline int up_take(up_ring *r, uint64_t *pos) {
     return UP_OK;
 }
 
-/* Take, copy and finish the next frame in one critical section when it is a single granule.
- * UP_OK: *out is its copy. UP_TOOBIG: the next frame is larger, nothing changed. Else as up_take. */
+/* Take, copy, check and finish the next frame in one critical section when it is a single granule.
+ * UP_OK: *out is its copy. UP_TOOBIG: the next frame is larger, or was given back; UP_CORRUPT: its CRC does not match; nothing
+ * changed. Else as up_take. */
 static inline int up_consume(up_ring *r, up_frame *out) {
     up_control *c = r->c;
     uint64_t pos, span;
@@ -118,6 +119,7 @@ static inline int up_consume(up_ring *r, up_frame *out) {
     if (rc != UP_OK) return rc;
     if (span != UP_GRANULE) return UP_TOOBIG;
     memcpy(out, up_frame_at(r, pos), sizeof *out);
+    if (__builtin_expect(!(c->options & UP_OPT_NO_CRC) && up_crc32_header(out, 0) != out->crc, 0)) return UP_CORRUPT;
     UP_ST(up_state_at(r, pos), up_word(UP_FINISHED, 0, span));
     UP_CRASH("consume");
     UP_STR(&c->next, pos + span);

@@ -212,13 +212,16 @@ cdef class Handle:
             up_lookout_settle()
             up_unmap(&self.r)
 
-    cdef int _lock(self, uint64_t *area) except -1:
-        cdef int rc = up_trylock(&self.r, area)
-        if rc != UP_OK:
-            with nogil:
-                rc = up_lock(&self.r, area, self.patience)
-            self._unstuck(rc)
+    cdef inline int _lock(self, uint64_t *area) except -1:
+        if up_trylock(&self.r, area) != UP_OK:
+            self._lock_slowly(area)
         return 0
+
+    cdef int _lock_slowly(self, uint64_t *area) except -1:
+        cdef int rc
+        with nogil:
+            rc = up_lock(&self.r, area, self.patience)
+        return self._unstuck(rc)
 
     cdef int _unstuck(self, int rc) except -1:
         """Raise for UP_STUCK: a lock was not had within the patience, here or in the C core."""

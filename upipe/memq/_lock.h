@@ -54,4 +54,14 @@ static int up_lock(up_ring *r, uint64_t *area, double seconds) {
 
 static inline void up_unlock(uint64_t *area) { pthread_mutex_unlock(up_mutex(area)); }
 
+/* Leave the consumers' lock. When tail moved since `before`, who waits for room or for the end hears of it. */
+static inline void up_unlock_consumers(up_ring *r, uint64_t before) {
+    uint64_t after = UP_LD(&r->c->tail);
+    up_unlock(r->c->consumer_lock);
+    if (after == before) return;
+    up_fence_unlocked(r);
+    up_wake_room(r);
+    if (__builtin_expect(up_ended(r), 0)) up_wake_consumers(r, UP_SLOTS);
+}
+
 #endif

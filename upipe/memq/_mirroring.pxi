@@ -134,7 +134,7 @@ cdef class Mirrored(Taker):
             self._lock(self.r.c.consumer_lock)
             before = UP_LD(&self.r.c.tail)
             rc = up_outgoing(&self.r, cursor, most, &end, &frames)
-            self._unlock_consumers(before)
+            up_unlock_consumers(&self.r, before)
             if rc == UP_EMPTY:
                 return None
             if rc == UP_END:
@@ -161,7 +161,7 @@ cdef class Mirrored(Taker):
             self._lock(self.r.c.consumer_lock)
             before = UP_LD(&self.r.c.tail)
             rc = up_retire(&self.r, position, dropped, dead)
-            self._unlock_consumers(before)
+            up_unlock_consumers(&self.r, before)
             if rc != UP_OK:
                 raise MirrorRefused("bad-position", f"queue {self.label} cannot be finished up to {position} with "
                                     f"{dropped} dropped and {dead} dead: its tail is {up_position(before)}, it sent "
@@ -215,7 +215,7 @@ cdef class Mirrored(Taker):
         self._lock(self.r.c.consumer_lock)
         before = UP_LD(&self.r.c.tail)
         up_drop_arrived(&self.r)
-        self._unlock_consumers(before)
+        up_unlock_consumers(&self.r, before)
         return 0
 
     def skip(self, uint64_t span):
@@ -244,7 +244,7 @@ cdef class Mirrored(Taker):
         self._lock(self.r.c.consumer_lock)
         before = UP_LD(&self.r.c.tail)
         up_peek(&self.r, &pos, &span_)
-        self._unlock_consumers(before)
+        up_unlock_consumers(&self.r, before)
         return 0
 
     def arm_tail(self, uint64_t position):

@@ -48,8 +48,11 @@ cdef class Putter(Pacer):
         cdef uint64_t need = up_need(o.m.size, o.m.flags), pos = 0
         cdef bint small = (o.m.flags & UP_FLAG_INLINE) != 0
         cdef int rc = UP_REFUSED
-        self._fits(need)
+        if not small:
+            self._fits(need)
         self._lock(self.r.c.producer_lock)
+        if small and up_put_locked(&self.r, &o.m) == UP_OK:
+            return UP_OK
         try:
             if self.r.c.policy != UP_POLICY_DISCARD:
                 rc = self._admit(need)
@@ -94,7 +97,7 @@ cdef class Putter(Pacer):
         self._lock(self.r.c.consumer_lock)
         before = UP_LD(&self.r.c.tail)
         rc = up_make_room(&self.r, need)
-        self._unlock_consumers(before)
+        up_unlock_consumers(&self.r, before)
         return rc
 
     cdef int _room(self, uint64_t need) except -100:
@@ -108,7 +111,7 @@ cdef class Putter(Pacer):
         self._lock(self.r.c.consumer_lock)
         before = UP_LD(&self.r.c.tail)
         up_peek(&self.r, &pos, &span)
-        self._unlock_consumers(before)
+        up_unlock_consumers(&self.r, before)
         return up_room(&self.r, need, 1)
 
     cdef inline bint _nothing_waits(self) noexcept:
@@ -120,21 +123,12 @@ cdef class Putter(Pacer):
         up_abort(&self.r, pos)
         up_wake_consumers(&self.r, 1)
 
-    cdef void _unlock_consumers(self, uint64_t before) noexcept:
-        """Leave the consumers' lock. When tail moved since `before`, who waits for room or for the end hears of it."""
-        cdef uint64_t after = UP_LD(&self.r.c.tail)
-        up_unlock(self.r.c.consumer_lock)
-        if after != before:
-            up_wake_producers(&self.r)
-            if up_ended(&self.r):
-                up_wake_consumers(&self.r, UP_SLOTS)
-
     cdef int _drop(self, uint64_t need, bint all_) except -1:
         cdef uint64_t before
         self._lock(self.r.c.consumer_lock)
         before = UP_LD(&self.r.c.tail)
         up_drop(&self.r, need, all_)
-        self._unlock_consumers(before)
+        up_unlock_consumers(&self.r, before)
         return 0
 
     cdef int _fits(self, uint64_t need) except -1:
@@ -147,7 +141,8 @@ cdef class Putter(Pacer):
         """Put, waiting up to timeout seconds (inf = for ever). UP_OK, UP_REFUSED or UP_FULL."""
         cdef Waiting w
         cdef int rc
-        self._pace(up_need(o.m.size, o.m.flags), timeout)
+        if not o.m.flags & UP_FLAG_INLINE:
+            self._pace(up_need(o.m.size, o.m.flags), timeout)
         rc = self._try_put(o, parts)
         if rc != UP_FULL:
             return rc

@@ -5,6 +5,7 @@
  *     _mirror.h      the two copies of a queue over two nodes: send, retire; receive, publish
  *     _members.h     who takes part: slots, producers and ends of stream, recovery of the dead
  *     _policies.h    how a newcomer without room gets it (beside the two above)
+ *     _small.h       a small frame in one call (beside those above)
  *     _lock.h        the three robust locks, and what is mended when a holder died
  *     _consumers.h   the consumers' end: take, finish, give back, drop, advance
  *     _producers.h   the producers' end: room, claim, commit, abort
@@ -51,5 +52,6 @@
 
 #include "_mirror.h"
 #include "_policies.h"
+#include "_small.h"
 
 #endif

@@ -103,7 +103,7 @@ cdef extern from "_ring.h" nogil:
 
     enum:
         UP_OK, UP_FULL, UP_EMPTY, UP_END, UP_TOOBIG, UP_STUCK, UP_NOTYOURS, UP_REFUSED, UP_NOSLOT, UP_ALIVE, UP_SYSTEM
-        UP_FOREIGN, UP_OTHERVERSION, UP_TRUNCATED, UP_STALE
+        UP_FOREIGN, UP_OTHERVERSION, UP_TRUNCATED, UP_STALE, UP_CORRUPT
         UP_POLICY_BLOCK, UP_POLICY_DROP_OLDEST, UP_POLICY_LATEST, UP_POLICY_DISCARD
         UP_OPT_NO_PICKLE, UP_OPT_NO_CRC, UP_OPT_SUPERVISED
         UP_FLAG_INLINE, UP_FLAG_REPLY, UP_FLAG_ERROR, UP_FLAG_SHAPE
@@ -132,6 +132,9 @@ cdef extern from "_ring.h" nogil:
     int up_trylock(up_ring *r, uint64_t *area)
     int up_lock(up_ring *r, uint64_t *area, double seconds)
     void up_unlock(uint64_t *area)
+    void up_unlock_consumers(up_ring *r, uint64_t before)
+    int up_put_locked(up_ring *r, const up_meta *m)
+    int up_get_locked(up_ring *r, up_frame *out)
     int up_room(up_ring *r, uint64_t need, uint64_t frames)
     void up_open(up_ring *r, uint64_t need)
     uint64_t up_in_use(up_ring *r, uint64_t head, const up_books *claimed, const up_books *passed)
@@ -204,6 +207,7 @@ cdef extern from "_spin.h" nogil:
     void up_spinning_spun(up_spinning *s, int hit, int64_t ns, int64_t now)
     void up_spinning_slept(up_spinning *s, int64_t ns, int64_t now)
     int up_spin(uint64_t *word, uint64_t before, int n)
+    void up_spin_room(up_ring *r, uint64_t need)
     ctypedef struct up_rest:
         pass
     int up_may_give_way(up_rest *r, int64_t now)

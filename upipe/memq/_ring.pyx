@@ -29,6 +29,7 @@ from posix.resource cimport RLIMIT_NOFILE, getrlimit, rlimit
 cimport numpy as cnp
 
 from upipe import frame as _frame
+from upipe._types import Codes as _Codes
 from upipe.errors import (
     EncodeError,
     EndOfStream,
@@ -181,6 +182,7 @@ include "_watching.pxi"
 include "_views.pxi"
 include "_fan.pxi"
 include "_ready.pxi"
+include "_codes.pxi"
 include "_awaiting.pxi"
 include "_port.pxi"
 include "_tally.pxi"

@@ -37,6 +37,7 @@ enum {
     UP_TRUNCATED = -13,
     UP_STALE = -14,     /* a mirror of a later epoch was here */
     UP_MALFORMED = -15, /* what came from another node is no run of frames; nothing was changed */
+    UP_CORRUPT = -16,   /* a frame's bytes do not match its CRC */
 };
 enum { UP_POLICY_BLOCK = 0, UP_POLICY_DROP_OLDEST = 1, UP_POLICY_LATEST = 2, UP_POLICY_DISCARD = 3 };
 enum { UP_OPT_NO_PICKLE = 1, UP_OPT_NO_CRC = 2, UP_OPT_SUPERVISED = 4 };

@@ -194,6 +194,9 @@ cdef class Sleeper(Handle):
         if w.deadline == 0:
             w.deadline = INFINITY if w.timeout == INFINITY else _now() + w.timeout
             if self._spin(w.producer):
+                if w.producer and not w.exact:
+                    with nogil:
+                        up_spin_room(&self.r, w.need)
                 return True
             if not w.producer:
                 if not up_on_one_cpu(&self.r, 0):

@@ -87,6 +87,20 @@ static inline int up_spin(uint64_t *word, uint64_t before, int n) {
     return 0;
 }
 
+/* Behind a full ring, a producer that puts one frame for each that is taken works on the very cache lines that the consumer works
+ * on: each of them travels for every frame, and both ends run at half their speed. It has the time, so when room came it waits for
+ * some more of it (and looks seldom, for the same reason). A consumer close behind its producer costs less, and a wait of its
+ * would be one of the frame. */
+#define UP_SPIN_ROOM 16384u /* ring bytes to wait for: larger frames share few lines */
+#define UP_SPIN_LOOKS 32    /* 8 pauses apart: 15 us */
+
+static inline void up_spin_room(up_ring *r, uint64_t need) {
+    uint64_t more = r->capacity / 8 < UP_SPIN_ROOM ? r->capacity / 8 : UP_SPIN_ROOM;
+    uint64_t want = up_position(UP_LDA(&r->c->head)) + (need > more ? need : more);
+    for (int i = 0; i < UP_SPIN_LOOKS && up_position(UP_LD(&r->c->tail)) + r->capacity < want; i++)
+        for (int k = 0; k < 8; k++) UP_PAUSE();
+}
+
 /* On the CPU of the other end nothing comes while we spin. Give way to it once instead (sched_yield), before a sleep: its frame
  * may be there when we are back, without a sleep of ours and a wake of its, or it gets ours sooner. Whatever else needs this
  * CPU runs first as well, for a slice, where a sleeper's wake might go before it: so this rests as long spins do, with one

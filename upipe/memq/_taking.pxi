@@ -4,35 +4,10 @@
 cdef class Taker(Putter):
     """Taking and finishing frames."""
 
-    cdef int _try_consume(self, up_frame *out) except -100:
-        """Take, copy, check and finish a one-granule frame. UP_TOOBIG: it is larger (or a redelivery).
-        UP_CORRUPT: it was buried."""
-        cdef int rc = UP_TOOBIG
-        cdef uint64_t before, pos, span
+    cdef inline int _try_consume(self, up_frame *out) except -100:
+        """Take, copy, check and finish a small frame: up_get_locked."""
         self._lock(self.r.c.consumer_lock)
-        before = UP_LD(&self.r.c.tail)
-        if self.r.c.redeliver == 0:
-            rc = up_peek(&self.r, &pos, &span)
-            if rc == UP_OK:
-                rc = self._consume_at(pos, span, out)
-                if rc == UP_OK:
-                    up_advance(&self.r)
-                elif rc == UP_CORRUPT and up_take(&self.r, &pos) == UP_OK:
-                    up_finish(&self.r, pos, UP_DEAD)
-        self._unlock_consumers(before)
-        if rc == UP_EMPTY and up_ended(&self.r):
-            rc = UP_END
-        return rc
-
-    cdef inline int _consume_at(self, uint64_t pos, uint64_t span, up_frame *out) noexcept:
-        """The peeked frame into *out, checked, and consumed when it is right. Under the consumers' lock."""
-        cdef up_frame again
-        if span != UP_GRANULE:
-            return UP_TOOBIG
-        out[0] = up_frame_at(&self.r, pos)[0]
-        if not (self.r.c.options & UP_OPT_NO_CRC) and up_crc32_header(out, 0) != out.crc:
-            return UP_CORRUPT
-        return up_consume(&self.r, &again)
+        return up_get_locked(&self.r, out)
 
     cdef int _try_take(self, uint64_t *pos, bint holding) except -100:
         """Take one frame. holding: as take() does, which finishes the one that it held before."""
@@ -46,7 +21,7 @@ cdef class Taker(Putter):
         rc = up_take(&self.r, pos)
         if holding and rc == UP_OK:
             self.held = pos[0] + 1
-        self._unlock_consumers(before)
+        up_unlock_consumers(&self.r, before)
         if rc == UP_EMPTY and up_ended(&self.r):
             rc = UP_END
         return rc
@@ -61,12 +36,11 @@ cdef class Taker(Putter):
         """Take, or with out != NULL consume, waiting up to timeout, and no longer than `lull` (None: no matter) lasts.
         UP_OK: consumed into *out. UP_TOOBIG: taken at *pos. UP_CORRUPT: buried, see *out. UP_EMPTY, UP_END."""
         cdef Waiting w
+        cdef bint waits = False
         cdef int rc
         if self.trouble is not None:
             error, self.trouble = self.trouble, None
             raise error
-        _waiting(&w, 0, 0, timeout)
-        w.lull = <void *>lull if lull is not None else NULL
         try:
             while True:
                 if out != NULL and self._nothing_yet():
@@ -77,10 +51,17 @@ cdef class Taker(Putter):
                     rc = self._try_take(pos, holding)
                     if rc == UP_OK:
                         rc = UP_TOOBIG
-                if rc != UP_EMPTY or not self._again(&w):
+                if rc != UP_EMPTY:
+                    return rc
+                if not waits:
+                    waits = True
+                    _waiting(&w, 0, 0, timeout)
+                    w.lull = <void *>lull if lull is not None else NULL
+                if not self._again(&w):
                     return rc
         finally:
-            self._left(&w, 0)
+            if waits:
+                self._left(&w, 0)
 
     cdef int _checked(self, up_frame *f, uint64_t pos) except -1:
         """Header sane and the frame inside its span? Raises FrameCorrupt otherwise."""
@@ -173,7 +154,7 @@ cdef class Taker(Putter):
         self._lock(self.r.c.consumer_lock)
         before = UP_LD(&self.r.c.tail)
         rc = self._finish_at(pos, kind)
-        self._unlock_consumers(before)
+        up_unlock_consumers(&self.r, before)
         if rc != UP_OK:
             raise QueueError(f"the frame at {pos} of queue {self.label} is not held by this handle (it was recovered)")
         return 0
@@ -483,12 +464,12 @@ cdef class Taker(Putter):
                     dtype[0] = up_frame_at(&self.r, pos).dtype
                 elif up_frame_at(&self.r, pos).dtype != dtype[0]:
                     break
-            if self._consume_at(pos, span, &batch[n]) != UP_OK:
+            if up_consume(&self.r, &batch[n]) != UP_OK:
                 break
             n += 1
         if n:
             up_advance(&self.r)
         if behind != NULL:
             behind[0] = (self.r.c.cached_head - UP_LD(&self.r.c.next)) // UP_GRANULE
-        self._unlock_consumers(before)
+        up_unlock_consumers(&self.r, before)
         return n

@@ -81,6 +81,17 @@ static inline void up_wake_consumers(up_ring *r, uint64_t count) { /* SYNC waiti
     up_wake_waiting(r, count);
 }
 
+/* The fence of SYNC waiting when the ring was changed under a lock that was let go of since. To learn who waits for it, that
+ * must read and write the lock's word at once, and on x86-64 whatever does so is a full fence already. */
+static inline void up_fence_unlocked(up_ring *r) {
+#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
+    (void)r;
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+#else
+    up_fence(r);
+#endif
+}
+
 /* Wake every producer whose room is there now (need_tail), or all of them. */
 static void up_wake_producers_slow(up_ring *r, int all) {
     uint64_t tail = up_position(UP_LDA(&r->c->tail));
@@ -92,9 +103,13 @@ static void up_wake_producers_slow(up_ring *r, int all) {
         }
 }
 
+static inline void up_wake_room(up_ring *r) { /* SYNC waiting: after a fence of the caller's */
+    if (__builtin_expect(up_any(r->c->producers_waiting) != 0, 0)) up_wake_producers_slow(r, 0);
+}
+
 static inline void up_wake_producers(up_ring *r) { /* SYNC waiting */
     up_fence(r);
-    if (__builtin_expect(up_any(r->c->producers_waiting) != 0, 0)) up_wake_producers_slow(r, 0);
+    up_wake_room(r);
 }
 
 static void up_wake_all(up_ring *r) {

@@ -272,7 +272,7 @@ cdef class Ring(Mirrored):
         self._lock(self.r.c.consumer_lock)
         before = UP_LD(&self.r.c.tail)
         cdef bint nothing = self.r.c.redeliver == 0 and up_peek(&self.r, &pos, &span) != UP_OK
-        self._unlock_consumers(before)
+        up_unlock_consumers(&self.r, before)
         return nothing
 
     def full(self):
