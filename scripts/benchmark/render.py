@@ -21,6 +21,11 @@ def number(value: float | None) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
+def spread(values: Sequence[float]) -> str:
+    """From the least to the most."""
+    return f"{number(min(values))}–{number(max(values))}"
+
+
 def times(value: float | None) -> str:
     """A ratio."""
     if value is None:
@@ -64,7 +69,7 @@ def grid(table: Table) -> Grid:
         if not row.peer.without_crc or table.row(row.peer.without_crc) is None:
             found.add_row(*_cells(row, table, best, no_crc, cpu), style="bold" if row.peer.own else None)
     for name, value in table.limits.items():
-        found.add_row(f"limit: {name}, C", number(value), style="dim")
+        found.add_row(f"limit: {name}, C", number(value), spread(table.limit_values[name]), style="dim")
     return found
 
 
@@ -76,7 +81,7 @@ def _cells(row: Row, table: Table, best: Row | None, no_crc: bool, cpu: bool) ->
     return [
         name,
         number(row.median),
-        f"{number(min(row.values))}–{number(max(row.values))}",
+        spread(row.values),
         times(ratio(row.median, best.median if best else None)),
         *([times(ratio(row.median, table.limit))] if table.limit else []),
         *(number(row.other(one)) for one in table.case.extra),

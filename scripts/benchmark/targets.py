@@ -106,18 +106,26 @@ def _judge(target: Target, table: Table) -> Verdict:
     wanted = f"{sign} {target.factor:g} {target.absolute or '×'}"
     if not mine or not theirs:
         return Verdict(target.what, wanted, "–", against or "no such peer here", "not measured", None)
-    reached = max(median(mine) / median(theirs), 1e-9)
+    ratios = _ratios(target, mine, theirs)
+    reached = max(median(ratios) if target.limit else median(mine) / median(theirs), 1e-9)
     factor = target.factor / reached if target.most else reached / target.factor
-    verdict = "met" if factor >= 1 else "missed"
-    return Verdict(target.what, wanted, f"{reached:.3g}", against, _sure(verdict, target, mine, theirs), factor)
+    verdict = _sure("met" if factor >= 1 else "missed", target, ratios, min(len(mine), len(theirs)))
+    return Verdict(target.what, wanted, f"{reached:.3g}", against, verdict, factor)
 
 
-def _sure(verdict: str, target: Target, mine: list[float], theirs: list[float]) -> str:
-    """The verdict, unless there are too few repeats, or the middle half of all pairs of them holds both answers."""
-    runs = min(len(mine), len(theirs))
+def _ratios(target: Target, mine: list[float], theirs: list[float]) -> list[float]:
+    """To a limit, which is measured right beside our row: round by round, so that a slow minute is in both. To a peer,
+    whose turn comes minutes later: all pairs."""
+    if target.limit:
+        return [one / other for one, other in zip(mine, theirs, strict=False)]
+    return [one / other for one in mine for other in theirs if other]
+
+
+def _sure(verdict: str, target: Target, ratios: list[float], runs: int) -> str:
+    """The verdict, unless there are too few repeats, or the middle half of the ratios holds both answers."""
     if runs < ENOUGH:
         return f"unclear: {runs} of {ENOUGH} runs ({verdict})"
-    low, _, high = quantiles([one / other for one in mine for other in theirs if other], n=4)
+    low, _, high = quantiles(ratios, n=4)
     if low < target.factor < high:
         return f"unclear: {low:.3g} to {high:.3g} ({verdict})"
     return verdict

@@ -172,6 +172,19 @@ def test_targets_are_judged_on_ratios() -> None:
     assert judged([ok(900, lost=1)] * 3, [ok(100)] * 3).verdict == "not measured"
 
 
+def test_a_limit_is_compared_with_what_was_measured_beside_it() -> None:
+    case = _case("rtt-asleep-one")
+    shown = table(case, (OURS, [ok(6), ok(12), ok(6)]))
+    shown.limit_values = {"futex-one": [5.0, 10.0, 5.0]}  # one slow minute
+    found = next(one for one in targets.judge([shown]) if one.what.endswith("sync"))
+    assert (found.reached, found.verdict) == ("1.2", "met")
+    shown.limit_values = {"futex-one": [5.0, 5.0, 4.0]}
+    found = next(one for one in targets.judge([shown]) if one.what.endswith("sync"))
+    assert (found.reached, found.verdict) == ("1.5", "missed")
+    shown.limit_values = {}
+    assert {one.verdict for one in targets.judge([shown])} == {"not measured"}
+
+
 def test_no_verdict_on_few_or_scattered_runs() -> None:
     assert judged([ok(900)], [ok(100)] * 3).verdict == "unclear: 1 of 3 runs (met)"
     scattered = judged([ok(300), ok(500), ok(900)], [ok(100)] * 3)
@@ -294,6 +307,7 @@ def test_the_limits_of_a_case_are_measured_in_every_round_next_to_our_own_rows()
     there = ["limits", "upipe.put", "upipe.put~", "mp.Pipe", "mp.Pipe.duplex"]
     assert names == [*there, *there[::-1], *there, *there[::-1], *there]
     assert found.limit_values == {"futex-one": [1.0, 10.0, 11.0, 20.0, 21.0]} and found.limits == {"futex-one": 11.0}
+    assert "limit: futex-one, C" in _text(found) and "1–21" in _text(found)
     names.clear()
     (found,) = schedule.run([SMALL], ["mp.Pipe"], True, 0.0, pretend, limit)
     assert names[0] == "limits" and found.limit_values == {"ring": [1.0]}
