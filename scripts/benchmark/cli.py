@@ -27,7 +27,7 @@ FULL_BUDGET = 50 * 60.0
 @click.option("--chart", type=click.Path(path_type=Path), help="Draw there: FILE.png and FILE.svg are written.")
 @click.option("--check", type=click.Path(path_type=Path, exists=True), help="Fail when a ratio fell far below it.")
 @click.option("--baseline", type=click.Path(path_type=Path), help="Write the ratios there, for --check.")
-@click.option("--budget", type=float, help="Seconds after which no further round begins.")
+@click.option("--budget", type=float, help="Seconds after which no further measurement begins.")
 @click.option("--list", "listing", is_flag=True, help="Name the cases and the peers.")
 def main(
     quick: bool,

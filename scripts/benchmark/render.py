@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -21,7 +21,7 @@ def number(value: float | None) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Collection[float]) -> str:
     """From the least to the most."""
     return f"{number(min(values))}–{number(max(values))}"
 
@@ -69,7 +69,7 @@ def grid(table: Table) -> Grid:
         if not row.peer.without_crc or table.row(row.peer.without_crc) is None:
             found.add_row(*_cells(row, table, best, no_crc, cpu), style="bold" if row.peer.own else None)
     for name, value in table.limits.items():
-        found.add_row(f"limit: {name}, C", number(value), spread(table.limit_values[name]), style="dim")
+        found.add_row(f"limit: {name}, C", number(value), spread(table.limit_values[name].values()), style="dim")
     return found
 
 

@@ -94,7 +94,7 @@ def run(
         _progress(job, started)
         if job.peer is None:
             for name, value in limits(job.cases[0]).items():
-                tables[job.cases[0].name].limit_values.setdefault(name, []).append(value)
+                tables[job.cases[0].name].limit_values.setdefault(name, {})[job.round] = value
             continue
         seconds = [case.seconds[0 if quick else 1] for case in job.cases]
         works = [case.work(job.peer, one) for case, one in zip(job.cases, seconds, strict=True)]

@@ -81,13 +81,13 @@ class Table:
 
     case: Case
     rows: list[Row]
-    limit_values: dict[str, list[float]] = field(default_factory=dict)
-    """Physical limits in the unit of the case: name -> one value of each round."""
+    limit_values: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Physical limits in the unit of the case: name -> round -> value. A round that gave none is not there."""
 
     @property
     def limits(self) -> dict[str, float]:
         """Their medians."""
-        return {name: statistics.median(values) for name, values in self.limit_values.items()}
+        return {name: statistics.median(values.values()) for name, values in self.limit_values.items()}
 
     def best(self, *, names: tuple[str, ...] = ()) -> Row | None:
         """The best comparable peer (of those whose name begins so), None when there is none."""
@@ -131,7 +131,7 @@ def to_json(table: Table) -> dict[str, Any]:
         "better": table.case.better,
         "best_peer": best.peer.name if best else None,
         "limits": table.limits,
-        "limit_values": table.limit_values,
+        "limit_values": {name: list(values.values()) for name, values in table.limit_values.items()},
         "rows": [_row_json(row, best, table) for row in table.sorted_rows()],
     }
 

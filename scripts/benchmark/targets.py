@@ -103,6 +103,8 @@ def _judge(target: Target, table: Table) -> Verdict:
     mine = _values(row, target) if row is not None and not row.lost and not row.bad else []
     sign = "≤" if target.most else "≥"
     against, theirs = ("", [1.0] * ENOUGH) if target.absolute else _against(target, table)
+    if target.limit and row is not None and mine:
+        mine, theirs = _same_rounds(row, table.limit_values.get(target.limit, {}))
     wanted = f"{sign} {target.factor:g} {target.absolute or '×'}"
     if not mine or not theirs:
         return Verdict(target.what, wanted, "–", against or "no such peer here", "not measured", None)
@@ -117,8 +119,16 @@ def _ratios(target: Target, mine: list[float], theirs: list[float]) -> list[floa
     """To a limit, which is measured right beside our row: round by round, so that a slow minute is in both. To a peer,
     whose turn comes minutes later: all pairs."""
     if target.limit:
-        return [one / other for one, other in zip(mine, theirs, strict=False)]
+        return [one / other for one, other in zip(mine, theirs, strict=True)]
     return [one / other for one in mine for other in theirs if other]
+
+
+def _same_rounds(row: Row, limits: dict[int, float]) -> tuple[list[float], list[float]]:
+    """Of the rounds that gave both: uPipe's values, which are measured in every round, and the limit's."""
+    both = [
+        (one.value, limits[number]) for number, one in enumerate(row.outcomes) if not one.error and number in limits
+    ]
+    return [mine for mine, _ in both], [limit for _, limit in both]
 
 
 def _sure(verdict: str, target: Target, ratios: list[float], runs: int) -> str:
@@ -137,7 +147,7 @@ def _values(row: Row, target: Target) -> list[float]:
 
 def _against(target: Target, table: Table) -> tuple[str, list[float]]:
     if target.limit:
-        return f"C {target.limit}", table.limit_values.get(target.limit, [])
+        return f"C {target.limit}", list(table.limit_values.get(target.limit, {}).values())
     if target.measure == "cpu":
         rows = [row for row in table.rows if row.comparable and row.cpu and row.peer.name.startswith(target.peers)]
         best = min(rows, key=lambda row: row.cpu or 0.0, default=None)

@@ -25,7 +25,12 @@ from benchmark.tally import Source, Tally  # noqa: E402
 
 from tests.support import crowded  # noqa: E402
 
-SMALL = next(case for case in cases.CASES if case.name == "small")
+
+def _case(name: str) -> cases.Case:
+    return next(case for case in cases.CASES if case.name == name)
+
+
+SMALL = _case("small")
 OURS = Peer("upipe.put", "x:Y", own=True)
 
 
@@ -175,12 +180,16 @@ def test_targets_are_judged_on_ratios() -> None:
 def test_a_limit_is_compared_with_what_was_measured_beside_it() -> None:
     case = _case("rtt-asleep-one")
     shown = table(case, (OURS, [ok(6), ok(12), ok(6)]))
-    shown.limit_values = {"futex-one": [5.0, 10.0, 5.0]}  # one slow minute
+    shown.limit_values = {"futex-one": {0: 5.0, 1: 10.0, 2: 5.0}}  # one slow minute
     found = next(one for one in targets.judge([shown]) if one.what.endswith("sync"))
     assert (found.reached, found.verdict) == ("1.2", "met")
-    shown.limit_values = {"futex-one": [5.0, 5.0, 4.0]}
+    shown.limit_values = {"futex-one": {0: 5.0, 1: 5.0, 2: 4.0}}
     found = next(one for one in targets.judge([shown]) if one.what.endswith("sync"))
     assert (found.reached, found.verdict) == ("1.5", "missed")
+    shown.limit_values = {"futex-one": {0: 5.0, 2: 5.0, 3: 10.0}}  # rounds that lack one or the other are no pairs
+    shown.rows[0].outcomes[:] = [Outcome(error="failed"), ok(12), ok(6), ok(12)]
+    found = next(one for one in targets.judge([shown]) if one.what.endswith("sync"))
+    assert (found.reached, found.verdict) == ("1.2", "unclear: 2 of 3 runs (met)")
     shown.limit_values = {}
     assert {one.verdict for one in targets.judge([shown])} == {"not measured"}
 
@@ -287,10 +296,6 @@ def test_descendants_are_ended() -> None:
     assert processes.tree_seconds(me) > 0 and processes.tree_seconds(me, me) < processes.tree_seconds(me)
 
 
-def _case(name: str) -> cases.Case:
-    return next(case for case in cases.CASES if case.name == name)
-
-
 def test_the_limits_of_a_case_are_measured_in_every_round_next_to_our_own_rows() -> None:
     names: list[str] = []
 
@@ -306,11 +311,13 @@ def test_the_limits_of_a_case_are_measured_in_every_round_next_to_our_own_rows()
     (found,) = schedule.run([case], ["upipe.put", "mp.Pipe"], False, 1e9, pretend, limit)
     there = ["limits", "upipe.put", "upipe.put~", "mp.Pipe", "mp.Pipe.duplex"]
     assert names == [*there, *there[::-1], *there, *there[::-1], *there]
-    assert found.limit_values == {"futex-one": [1.0, 10.0, 11.0, 20.0, 21.0]} and found.limits == {"futex-one": 11.0}
+    assert found.limit_values == {"futex-one": dict(enumerate((1.0, 10.0, 11.0, 20.0, 21.0)))} and found.limits == {
+        "futex-one": 11.0
+    }
     assert "limit: futex-one, C" in _text(found) and "1–21" in _text(found)
     names.clear()
     (found,) = schedule.run([SMALL], ["mp.Pipe"], True, 0.0, pretend, limit)
-    assert names[0] == "limits" and found.limit_values == {"ring": [1.0]}
+    assert names[0] == "limits" and found.limit_values == {"ring": {0: 1.0}}
 
 
 @pytest.mark.slow
@@ -359,15 +366,15 @@ def test_a_ratio_that_fell_far_is_told_and_one_that_was_not_measured_too(tmp_pat
 
 
 def test_where_less_is_better_a_ratio_is_turned_round() -> None:
-    trips = next(case for case in cases.CASES if case.name == "rtt")
+    trips = _case("rtt")
     found = regress.ratios([table(trips, (OURS, [ok(2)]), (Peer("other", "x:Y"), [ok(10)]))])
     assert found == {"rtt: upipe.put / other": 5.0}
 
 
 def test_frames_are_compared_with_as_many_copies_in_c(tmp_path: Path) -> None:
-    frames = next(case for case in cases.CASES if case.name == "frames-1m-copy")
+    frames = _case("frames-1m-copy")
     one = table(frames, (OURS, [ok(20)]), (Peer("other", "x:Y"), [ok(0.5)]))
-    one.limit_values = {"memcpy-1m-8": [40.0], "copy-1m-8": [24.0, 30.0, 25.0], "tcp-1m": [4.0]}
+    one.limit_values = {"memcpy-1m-8": {0: 40.0}, "copy-1m-8": {0: 24.0, 1: 30.0, 2: 25.0}, "tcp-1m": {0: 4.0}}
     path = tmp_path / "baseline.json"
     regress.write([one], path)
     assert json.loads(path.read_text()) == {"frames-1m-copy: upipe.put / copy-1m-8": 0.8}
