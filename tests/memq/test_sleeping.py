@@ -91,6 +91,40 @@ def test_two_processes_on_one_cpu_give_way_to_each_other_instead_of_sleeping(que
     end(answering)
 
 
+def answer_when_there_is_time(questions, answers, cpu: int) -> None:
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # a wake of ours takes the CPU from nobody
+    answer_on_one_cpu(questions, answers, cpu)
+
+
+def test_a_task_gives_way_on_one_cpu_before_it_asks_whether_its_loop_is_idle(queue, child):
+    questions, answers = queue(65536), queue(65536)
+    cpus = os.sched_getaffinity(0)
+    answering = child(answer_when_there_is_time, questions, answers, min(cpus))
+    os.sched_setaffinity(0, {min(cpus)})
+
+    async def exchange() -> int:
+        loop, busy = asyncio.get_running_loop(), True
+
+        def again() -> None:
+            if busy:
+                loop.call_soon(again)
+
+        again()  # so that this loop is never idle
+        before = answers.stats().empty_waits
+        for number in range(TRIPS):
+            await questions.aput(number)
+            assert await answers.aget(DEADLINE) == number
+        busy = False
+        return answers.stats().empty_waits - before
+
+    try:  # as above
+        until(lambda: asyncio.run(exchange()) < TRIPS // 2, "an exchange with few waits in the loop")
+    finally:
+        os.sched_setaffinity(0, cpus)
+    questions.close()
+    end(answering)
+
+
 def test_a_thread_and_a_task_on_one_handle_both_get_their_frame(queue):
     q = queue(4096)
 

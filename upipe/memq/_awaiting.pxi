@@ -25,9 +25,9 @@ cdef extern from "Python.h":
 @cython.freelist(16)
 cdef class Awaited:
     """An aput or aget that begins when it is first awaited, as a coroutine does: one that is cancelled before has done
-    nothing. `slow` is the function that gives the coroutine for all that cannot be done at once."""
-    cdef Ring ring
-    cdef object slow, value, timeout, coroutine
+    nothing. What cannot be done at once is a coroutine of the ring's."""
+    cdef Awaiting ring
+    cdef object value, timeout, coroutine
     cdef bint putting, over
     cdef int dtype
     cdef uint32_t key
@@ -41,16 +41,15 @@ cdef class Awaited:
     def __next__(self):
         return self.send(None)
 
-    cdef object _first(self):
+    cdef inline object _first(self):
         """What it gives when that can be had at once, or in a lull; else _EMPTY."""
-        cdef Ring ring = self.ring
         if not self.putting:
-            return ring._get_soon(self.timeout)
-        if ring._send(self.value, self.dtype, 0.0, ring.execution, self.key, 0):
+            return self.ring._get_soon(self.timeout)
+        if self.ring._send(self.value, self.dtype, 0.0, self.ring.execution, self.key, 0):
             return None
         return _EMPTY
 
-    cdef object _begun(self):
+    cdef inline object _begun(self):
         """The coroutine that goes on; with a first step that ended in a value: None, and the value in self.value."""
         if self.over:
             raise RuntimeError("cannot reuse already awaited aput() or aget()")
@@ -60,8 +59,8 @@ cdef class Awaited:
                 self.over = True
                 self.value = value
                 return None
-            self.coroutine = (self.slow(self.value, self.timeout, self.dtype, self.key) if self.putting
-                              else self.slow(self.timeout))
+            self.coroutine = (self.ring._aput(self.value, self.timeout, self.dtype, self.key) if self.putting
+                              else self.ring._aget(self.timeout))
         return self.coroutine
 
     def send(self, value):
@@ -82,7 +81,7 @@ cdef class Awaited:
             self.coroutine.close()
 
 
-cdef int up_awaited_send(object self, object arg, void **result) except -1:
+cdef inline int up_awaited_send(object self, object arg, void **result) except -1:
     """am_send: a PySendResult, of which PYGEN_ERROR is -1."""
     result[0] = NULL
     coroutine = (<Awaited>self)._begun()
@@ -97,10 +96,9 @@ cdef int up_awaited_send(object self, object arg, void **result) except -1:
 up_awaited_patch(<PyTypeObject *>Awaited, <void *>up_awaited_send)
 
 
-cdef Awaited _awaited(Ring ring, slow, timeout):
+cdef inline Awaited _awaited(Awaiting ring, timeout):
     cdef Awaited made = Awaited.__new__(Awaited)
     made.ring = ring
-    made.slow = slow
     made.timeout = timeout
     return made
 
@@ -115,7 +113,7 @@ cdef class Awaiting(Ring):
         Raises:
             queue.Full: after `timeout` seconds (None waits for ever).
         """
-        cdef Awaited made = _awaited(self, self._aput, timeout)
+        cdef Awaited made = _awaited(self, timeout)
         made.putting = True
         made.value = value
         made.dtype = dtype
@@ -129,4 +127,4 @@ cdef class Awaiting(Ring):
         Raises:
             queue.Empty: after `timeout` seconds (None waits for ever). EndOfStream, FrameCorrupt.
         """
-        return _awaited(self, self._aget, timeout)
+        return _awaited(self, timeout)

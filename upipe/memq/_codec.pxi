@@ -48,7 +48,7 @@ for _i in range(4):
     _U_MAX[_i] = (1 << (8 * (1 << _i))) - 1
 
 
-cdef double _timeout(block, timeout) except? -1.0:
+cdef inline double _timeout(block, timeout) except? -1.0:
     if not block:
         return 0.0
     if timeout is None:
@@ -74,7 +74,7 @@ cdef int _item_of(cnp.ndarray value) noexcept:
     return _num_to_item[num] if 0 <= num < 24 else -1
 
 
-cdef bint _encode_int(object value, int dtype, Out *o) except -1:
+cdef inline bint _encode_int(object value, int dtype, Out *o) except -1:
     """True when the int fits the DType and is in o; False leaves it to the reference codec (and its errors)."""
     cdef int overflow = 0, shift
     cdef int64_t number = PyLong_AsLongLongAndOverflow(value, &overflow)
@@ -199,7 +199,7 @@ cdef object _array_view(up_frame *f, object base, void *data, bint writeable):
     return out
 
 
-cdef object _decode(up_frame *f, object payload, bint allow_pickle):
+cdef inline object _decode(up_frame *f, object payload, bint allow_pickle):
     """The value of a checked frame; payload is a Block (None when inline or empty)."""
     cdef int dtype = f.dtype, shift
     cdef double number

@@ -15,7 +15,7 @@ static inline uint64_t up_refresh_head(up_ring *r) { /* SYNC head */
 }
 
 /* Move tail over everything that ended, counting how. Idempotent, so a crash inside is repaired by calling it again. */
-static inline int up_advance(up_ring *r) {
+UP_HOT static inline int up_advance(up_ring *r) {
     up_control *c = r->c;
     uint64_t word = UP_LD(&c->tail), old = word & 1, new_ = old ^ 1, next = UP_LD(&c->next);
     uint64_t from = up_position(word), pos = from, gaps = 0;

@@ -163,7 +163,7 @@ UP_CRC_128 UP_CRC_INLINE __m128i up_crc_word(const uint8_t *p, long long k)
     return _mm_clmulepi64_si128(_mm_loadl_epi64((const __m128i *)(const void *)p), _mm_cvtsi64_si128(k), 0x00);
 }
 
-UP_CRC_128 UP_CRC_FN uint32_t up_crc32_header_pclmul(const void *h64, uint32_t crc)
+UP_CRC_128 UP_CRC_FN __attribute__((hot)) uint32_t up_crc32_header_pclmul(const void *h64, uint32_t crc)
 {
     const uint8_t *h = (const uint8_t *)h64;
     long long w0 = (long long)((uint64_t)up_crc_le32(h + 4) << 32 | (uint32_t)~crc);

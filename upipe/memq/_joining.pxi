@@ -130,7 +130,7 @@ cdef class Handle:
         if not self.supervised:
             up_wake_all(&self.r)  # sleepers watch the newcomer's pidfd from now on
 
-    cdef int _produce(self) except -1:
+    cdef inline int _produce(self) except -1:
         cdef int rc
         if self.r.producer == UP_NONE:
             self._enter()

@@ -55,7 +55,7 @@ static inline uint64_t up_hop(up_ring *r, uint64_t need, uint64_t head, uint64_t
 }
 
 /* Room for `need` more bytes and `frames` more frames? UP_OK or UP_FULL. */
-static inline int up_room(up_ring *r, uint64_t need, uint64_t frames) {
+UP_HOT static inline int up_room(up_ring *r, uint64_t need, uint64_t frames) {
     up_control *c = r->c;
     uint64_t head = up_position(UP_LD(&c->head));
     if (head + need > up_limit(r, head, c->cached_tail) && head + need > up_limit(r, head, up_refresh_tail(r)) &&

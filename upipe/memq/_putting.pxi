@@ -43,7 +43,7 @@ cdef class Putter(Pacer):
         crc[0] = c
         return 0
 
-    cdef int _try_put(self, Out *o, list parts) except -100:
+    cdef inline int _try_put(self, Out *o, list parts) except -100:
         """One attempt. UP_OK, UP_FULL, or UP_REFUSED (a drop policy dropped the newcomer)."""
         cdef uint64_t need = up_need(o.m.size, o.m.flags), pos = 0
         cdef bint small = (o.m.flags & UP_FLAG_INLINE) != 0
@@ -137,7 +137,7 @@ cdef class Putter(Pacer):
                                 f"{self.r.capacity:,} bytes; make the queue larger or the frame smaller")
         return 0
 
-    cdef int _put(self, Out *o, list parts, double timeout) except -100:
+    cdef inline int _put(self, Out *o, list parts, double timeout) except -100:
         """Put, waiting up to timeout seconds (inf = for ever). UP_OK, UP_REFUSED or UP_FULL."""
         cdef Waiting w
         cdef int rc
@@ -183,7 +183,8 @@ cdef class Putter(Pacer):
         """The runtime's put: True when it is in (or was dropped by policy), False when there was no room in time."""
         return self._send(value, dtype, timeout, execution, key, flags)
 
-    cdef bint _send(self, value, int dtype, double timeout, uint64_t execution, uint32_t key, int flags) except -1:
+    cdef inline bint _send(self, value, int dtype, double timeout, uint64_t execution, uint32_t key,
+                           int flags) except -1:
         cdef Out o
         self._begin()
         try:

@@ -5,6 +5,10 @@
 Waiting, in every blocking call: try; spin briefly; arm (set the waiting bit); look again; nap on a futex, or sleep in
 poll(2) on the own doorbell and, in a stand-alone queue, on pidfds of the other participants. The look after the bit was
 set makes the sleep safe.
+
+`cdef inline` is on all that a small frame comes by, also past a sleep: setup.py has such functions laid side by side.
+Who was asleep for a millisecond finds caches and TLB empty, and then each line and page of code costs what it takes to
+fetch it, which is more than to run it.
 """
 
 import errno as _errno
@@ -72,6 +76,19 @@ cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object value, int *overflow) except? -1
     unsigned long PyThread_get_thread_ident()
     const char *PyUnicode_AsUTF8AndSize(object value, Py_ssize_t *size) except NULL
+
+cdef extern from *:
+    """
+    /* What ends there is laid apart from what does not. */
+    static void __Pyx_AddTraceback(const char *, int, int, const char *) __attribute__((cold));
+
+    /* Is this the only thread of the interpreter? */
+    static inline int up_only_thread(void) {
+        PyThreadState *mine = PyThreadState_Get();
+        return PyInterpreterState_ThreadHead(mine->interp) == mine && PyThreadState_Next(mine) == NULL;
+    }
+    """
+    int up_only_thread()
 
 cdef extern from "numpy/arrayobject.h":
     object PyArray_NewFromDescr(void *subtype, cnp.dtype descr, int nd, cnp.npy_intp *dims, cnp.npy_intp *strides,

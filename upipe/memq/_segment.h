@@ -46,6 +46,7 @@ enum { UP_PRODUCER_UNUSED = 0, UP_PRODUCER_DECLARED = 1, UP_PRODUCER_OPEN = 2, U
 enum { UP_MIRROR_NONE = 0, UP_MIRROR_SOURCE = 1, UP_MIRROR_SINK = 2 };
 enum { UP_STREAM_NEW = 0, UP_STREAM_OPEN = 1, UP_STREAM_CLOSED = 2 };
 #define UP_NONE 0xffffffffu
+#define UP_HOT __attribute__((hot)) /* a small frame comes by, also past a sleep: laid side by side (_ring.pyx says why) */
 
 #define UP_LD(p) __atomic_load_n((p), __ATOMIC_RELAXED)
 #define UP_LDA(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)

@@ -7,6 +7,7 @@ cdef up_rest _yields_rest  # of this process
 cdef class Sleeper(Handle):
     """Waiting until the other end moves."""
     cdef up_spinning spinning[2]  # per end
+    cdef uint64_t gave_way        # 1 + the position waited for when we did last
 
     def __cinit__(self, *args, **kwargs):
         up_spinning_begin(&self.spinning[0])
@@ -57,18 +58,27 @@ cdef class Sleeper(Handle):
             return self.r.c.producers_waiting
         return self.r.c.consumers_waiting
 
-    cdef int _give_way(self) noexcept:
-        """Before a consumer's sleep: let a producer run that shares our CPU. 1 when it has something now."""
-        cdef int64_t began = up_now_ns(CLOCK_MONOTONIC), ended
+    cdef inline int _give_way(self) noexcept:
+        """Before a consumer's sleep, once for each frame: let a producer run that shares our CPU. 1 when it has
+        something now."""
+        cdef int64_t began, ended
+        cdef uint64_t wanted = UP_LD(&self.r.c.next) + 1
+        if self.gave_way == wanted or not up_on_one_cpu(&self.r, 0):
+            return 0
+        began = up_now_ns(CLOCK_MONOTONIC)
         if not up_may_give_way(&_yields_rest, began):
             return 0
-        with nogil:
+        self.gave_way = wanted
+        if up_only_thread():  # nobody waits for Python's lock
             sched_yield()
+        else:
+            with nogil:
+                sched_yield()
         ended = up_now_ns(CLOCK_MONOTONIC)
         up_gave_way(&_yields_rest, ended - began, ended)
         return self._something()
 
-    cdef int _spin(self, int producer) noexcept:
+    cdef inline int _spin(self, int producer) noexcept:
         """Spin while nothing changes; 1 when something did. (_spin.h says how long.)"""
         cdef up_spinning *spinning = &self.spinning[producer]
         cdef int n = spinning.length, hit
@@ -95,7 +105,7 @@ cdef class Sleeper(Handle):
         up_spinning_spun(spinning, hit, ended - began, ended)
         return hit
 
-    cdef void _slept(self, int64_t since) noexcept:
+    cdef inline void _slept(self, int64_t since) noexcept:
         """The consumer slept for a frame, since it had spun in vain."""
         cdef int64_t now = up_now_ns(CLOCK_MONOTONIC)
         up_spinning_slept(&self.spinning[0], now - since, now)
@@ -116,7 +126,7 @@ cdef class Sleeper(Handle):
         finally:
             self._done()
 
-    cdef void _arm(self, int producer, Doorbell bell, uint64_t need, bint lazy) noexcept:
+    cdef inline void _arm(self, int producer, Doorbell bell, uint64_t need, bint lazy) noexcept:
         cdef uint64_t head, want = 0, free_ = need
         if producer:
             if lazy:
@@ -149,7 +159,7 @@ cdef class Sleeper(Handle):
         """A waiter on bell(producer) is done waiting, with or without success: nobody's wake is lost."""
         self._left_bell(producer)
 
-    cdef void _left_bell(self, int producer) noexcept:
+    cdef inline void _left_bell(self, int producer) noexcept:
         """The next on this bell looks when there may be more for it (the bit tells nothing about the frames before it
         was set, and we may have set it ourselves). When there is no next, the bit goes; a wake that we were given goes
         on to another process if there is more than we took."""
@@ -163,7 +173,7 @@ cdef class Sleeper(Handle):
         else:
             up_disarm(&self.r, self._bits(producer))
 
-    cdef bint _something(self) noexcept:
+    cdef inline bint _something(self) noexcept:
         """Is there a frame to take, or the end to learn? (A hint, without the lock: yes when in doubt.)"""
         cdef uint64_t at = UP_LD(&self.r.c.next)
         if UP_LD(&self.r.c.redeliver):
@@ -185,7 +195,7 @@ cdef class Sleeper(Handle):
         finally:
             self._done()
 
-    cdef bint _again(self, Waiting *w) except -1:
+    cdef inline bint _again(self, Waiting *w) except -1:
         """After a try that failed: spin, arm or sleep; False when it is time to give up."""
         cdef int rc
         cdef Doorbell bell
@@ -237,7 +247,7 @@ cdef class Sleeper(Handle):
             raise QueueClosed(f"this handle of queue {self.label} was closed while it waited")
         return True
 
-    cdef int _left(self, Waiting *w, int rc) noexcept:
+    cdef inline int _left(self, Waiting *w, int rc) noexcept:
         """Done waiting. Runs no Python code: a signal handler must not raise between a take and its return."""
         cdef Doorbell bell = self.bell_room if w.producer else self.bell_frames
         if w.armed:
@@ -250,7 +260,7 @@ cdef class Sleeper(Handle):
             self._left_bell(w.producer)
         return rc
 
-    cdef int _nap(self, Waiting *w, uint32_t *nap) except -1:
+    cdef inline int _nap(self, Waiting *w, uint32_t *nap) except -1:
         """Sleep until woken, or the deadline; with a lull until that ends; in a stand-alone queue until peers end,
         or, as long as the lookout does not watch them, until they must be watched. As _sleep()."""
         cdef int rc = 1
@@ -278,7 +288,7 @@ cdef class Sleeper(Handle):
             return 1
         return 0 if w.deadline != INFINITY and _now() >= w.deadline else 2 if lazy else 1
 
-    cdef int _nap_in(self, Lull lull, uint32_t *nap, double most) except -1:
+    cdef inline int _nap_in(self, Lull lull, uint32_t *nap, double most) except -1:
         """_nap() in the stead of an event loop: 1 when woken for a frame, 0 when the loop has something to do."""
         cdef int rc = 0
         up_post_nap(lull.post, nap)

@@ -32,7 +32,8 @@ cdef class Taker(Putter):
             return UP_NOTYOURS
         return up_finish(&self.r, pos, kind)
 
-    cdef int _wait_frame(self, uint64_t *pos, up_frame *out, bint holding, double timeout, Lull lull) except -100:
+    cdef inline int _wait_frame(self, uint64_t *pos, up_frame *out, bint holding, double timeout,
+                                Lull lull) except -100:
         """Take, or with out != NULL consume, waiting up to timeout, and no longer than `lull` (None: no matter) lasts.
         UP_OK: consumed into *out. UP_TOOBIG: taken at *pos. UP_CORRUPT: buried, see *out. UP_EMPTY, UP_END."""
         cdef Waiting w
@@ -107,13 +108,13 @@ cdef class Taker(Putter):
         self.last = f
         return target if f.dtype == _BYTES else _decode(&f, target, self.allow_pickle)
 
-    cdef object _get(self, double timeout, up_frame *f):
+    cdef inline object _get(self, double timeout, up_frame *f):
         """get(); the frame's header into *f."""
         cdef uint64_t pos = 0
         cdef int rc = self._wait_frame(&pos, f, False, timeout, None)
         return self._got(rc, pos, f)
 
-    cdef object _got(self, int rc, uint64_t pos, up_frame *f):
+    cdef inline object _got(self, int rc, uint64_t pos, up_frame *f):
         """The value that _wait_frame found, or why there is none."""
         if rc == UP_OK:
             self.last = f[0]
@@ -139,7 +140,7 @@ cdef class Taker(Putter):
         self._end(pos, UP_FINISHED)
         return value
 
-    cdef _nothing(self, int rc, up_frame *f):
+    cdef inline _nothing(self, int rc, up_frame *f):
         """Raise why there is no frame."""
         if rc == UP_CORRUPT:
             self.last = f[0]
@@ -212,7 +213,7 @@ cdef class Taker(Putter):
         finally:
             self._done()
 
-    cdef object _get_soon(self, timeout):
+    cdef inline object _get_soon(self, timeout):
         """get() for asyncio: the value that is there or comes in a lull of the running loop, else _EMPTY."""
         cdef up_frame f
         cdef uint64_t pos = 0
@@ -222,6 +223,8 @@ cdef class Taker(Putter):
         self._begin()
         try:
             rc = self._wait_frame(&pos, &f, False, -1.0, None)
+            if rc == UP_EMPTY and self._give_way():  # before the loop is asked, which takes as long as the rest
+                rc = self._wait_frame(&pos, &f, False, -1.0, None)
             if rc == UP_EMPTY:
                 lull = _lull(timeout, &seconds)
                 if lull is not None:

@@ -25,13 +25,13 @@ static inline uint32_t *up_nap(up_slot *s, int producer) { return producer ? &s-
 static inline void up_nap_set(uint32_t *nap, uint32_t value) { __atomic_store_n(nap, value, __ATOMIC_SEQ_CST); }
 
 /* Nap until woken, at most `ns` (negative: for ever). 0 when woken or never asleep, else errno. */
-static int up_nap_sleep(uint32_t *nap, int64_t ns) {
+UP_HOT static int up_nap_sleep(uint32_t *nap, int64_t ns) {
     struct timespec t = {ns / 1000000000, ns % 1000000000};
     return syscall(SYS_futex, nap, FUTEX_WAIT, 1, ns < 0 ? NULL : &t, NULL, 0) == 0 || errno == EAGAIN ? 0 : errno;
 }
 
 /* Wake all threads that nap there. 1 when there were any: 0 also when they are about to, or dead, and the bell decides. */
-static int up_nap_wake(uint32_t *nap) {
+UP_HOT static int up_nap_wake(uint32_t *nap) {
     if (!UP_LD(nap) || !__atomic_exchange_n(nap, 0, __ATOMIC_SEQ_CST)) return 0;
     return syscall(SYS_futex, nap, FUTEX_WAKE, INT_MAX, NULL, NULL, 0) > 0;
 }
@@ -44,7 +44,7 @@ static int up_bell_slot(up_ring *r, uint32_t slot, int producer) {
 
 /* Clear one bit and ring. 1 when somebody was woken. A bell that nobody hears belongs to the dead; one that cannot be rung
  * for want of a descriptor keeps its bit, for the next waker. */
-static int up_wake_one(up_ring *r, uint64_t *bits, uint32_t word, uint32_t bit, int producer) {
+UP_HOT static int up_wake_one(up_ring *r, uint64_t *bits, uint32_t word, uint32_t bit, int producer) {
     uint64_t mask = 1ull << bit;
     if (!(__atomic_fetch_and(&bits[word], ~mask, __ATOMIC_SEQ_CST) & mask)) return 0; /* another waker was first */
     UP_CRASH("wake");
@@ -55,7 +55,7 @@ static int up_wake_one(up_ring *r, uint64_t *bits, uint32_t word, uint32_t bit, 
 }
 
 /* Wake up to `count` sleeping consumers, not always the same first. */
-static void up_wake_consumers_slow(up_ring *r, uint64_t count) {
+UP_HOT static void up_wake_consumers_slow(up_ring *r, uint64_t count) {
     static uint32_t turn; /* spreads the wakes; a lost increment does no harm */
     uint32_t rot = __atomic_fetch_add(&turn, 1, __ATOMIC_RELAXED) & 63;
     for (uint32_t i = 0; i < UP_SLOTS / 64 && count; i++) {
@@ -136,7 +136,7 @@ static inline void up_arm(up_ring *r, uint64_t *bits) { /* SYNC waiting: after t
 
 /* Done waiting. 1 when nobody had woken us. Otherwise the wake went on to another sleeper if there is something to take
  * (producers need not: everyone whose room is there is woken). A handle that closed meanwhile has no bit any more. */
-static inline int up_disarm(up_ring *r, uint64_t *bits) {
+UP_HOT static inline int up_disarm(up_ring *r, uint64_t *bits) {
     up_control *c = r->c;
     if (!up_joined(r)) return 1;
     uint64_t bit = 1ull << (r->slot & 63), *word = &bits[r->slot / 64];
