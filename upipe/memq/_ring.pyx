@@ -6,9 +6,9 @@ Waiting, in every blocking call: try; spin briefly; arm (set the waiting bit); l
 poll(2) on the own doorbell and, in a stand-alone queue, on pidfds of the other participants. The look after the bit was
 set makes the sleep safe.
 
-`cdef inline` is on all that a small frame comes by, also past a sleep: setup.py has such functions laid side by side.
-Who was asleep for a millisecond finds caches and TLB empty, and then each line and page of code costs what it takes to
-fetch it, which is more than to run it.
+`cdef inline` is on all that a small frame comes by, also past a sleep, and not on what raises: setup.py has such
+functions laid side by side. Who was asleep for a millisecond finds caches and TLB empty, and then each line and page of
+code costs what it takes to fetch it, which is more than to run it.
 """
 
 import errno as _errno

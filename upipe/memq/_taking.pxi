@@ -140,7 +140,7 @@ cdef class Taker(Putter):
         self._end(pos, UP_FINISHED)
         return value
 
-    cdef inline _nothing(self, int rc, up_frame *f):
+    cdef _nothing(self, int rc, up_frame *f):
         """Raise why there is no frame."""
         if rc == UP_CORRUPT:
             self.last = f[0]
