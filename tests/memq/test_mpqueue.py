@@ -309,8 +309,6 @@ def test_a_closed_queue_says_so(make):
         for call in (lambda q=q: q.put(1), q.get, q.get_nowait):
             with pytest.raises(ValueError, match=r"Queue .* is closed"):
                 call()
-        with pytest.raises(OSError, match="closed"):
-            q.empty()
         q.join_thread()
     q = make()
     with pytest.raises(AssertionError, match="not closed"):
@@ -320,6 +318,25 @@ def test_a_closed_queue_says_so(make):
     for call in (lambda: s.put(1), s.get, s.empty):
         with pytest.raises(OSError, match="closed"):
             call()
+
+
+def test_who_put_nothing_may_ask_a_closed_queue_whether_it_is_empty(make):
+    """As CPython's own test_closed_queue_empty_exceptions."""
+    for kind in (Queue, JoinableQueue):
+        q, used = make(kind), make(kind)
+        q.close()
+        assert q.empty()
+        used.put("foo")
+        used.close()
+        with pytest.raises(OSError, match="is closed"):
+            used.empty()
+    q = make()
+    other = pickle.loads(pickle.dumps(q))
+    q.close()
+    other.put(1)
+    assert not q.empty()
+    assert other.get() == 1
+    assert q.empty()
 
 
 def test_close_wakes_a_thread_that_waits(make):

@@ -125,6 +125,34 @@ def test_a_task_gives_way_on_one_cpu_before_it_asks_whether_its_loop_is_idle(que
     end(answering)
 
 
+def test_a_poll_gives_way_to_nobody(queue, child):
+    questions, answers = queue(65536), queue(65536)
+    cpus = os.sched_getaffinity(0)
+    answering = child(answer_when_there_is_time, questions, answers, min(cpus))
+    os.sched_setaffinity(0, {min(cpus)})
+
+    async def answered_at_once(timeout: float) -> int:
+        count = 0
+        for number in range(TRIPS):
+            await questions.aput(number)
+            try:
+                answer = await answers.aget(timeout)
+                count += 1
+            except Empty:
+                answer = await answers.aget(DEADLINE)
+            assert answer == number
+        return count
+
+    try:
+        assert asyncio.run(answered_at_once(DEADLINE)) == TRIPS  # now it runs, on this CPU
+        found = [asyncio.run(answered_at_once(0)) for _ in range(20)]
+    finally:
+        os.sched_setaffinity(0, cpus)
+    assert sum(found[10:]) < 5 * TRIPS, found  # who gives way does so reluctantly at first
+    questions.close()
+    end(answering)
+
+
 def test_a_thread_and_a_task_on_one_handle_both_get_their_frame(queue):
     q = queue(4096)
 

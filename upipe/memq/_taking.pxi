@@ -223,7 +223,8 @@ cdef class Taker(Putter):
         self._begin()
         try:
             rc = self._wait_frame(&pos, &f, False, -1.0, None)
-            if rc == UP_EMPTY and self._give_way():  # before the loop is asked, which takes as long as the rest
+            # A poll gives way to nobody. The others do before the loop is asked, which takes as long as the rest.
+            if rc == UP_EMPTY and (timeout is None or timeout > 0) and self._give_way():
                 rc = self._wait_frame(&pos, &f, False, -1.0, None)
             if rc == UP_EMPTY:
                 lull = _lull(timeout, &seconds)

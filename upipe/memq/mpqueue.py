@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from upipe.errors import EndOfStream, OutOfSharedMemory, QueueClosed
+from upipe.errors import EndOfStream, OutOfSharedMemory, QueueClosed, QueueNotFound
 from upipe.frame import DType
 from upipe.memq import segment
 from upipe.memq._ring import Tally
@@ -221,6 +221,7 @@ class Queue:
     def _reset(self) -> None:
         self._channel = _Channel(self._ring)
         self._overflow = _Overflow(self._channel, self._on_queue_feeder_error)
+        self._used = False  # put() was called here
         self._closed = False
         self._joincancelled = False
         self._jointhread: Any = None
@@ -254,6 +255,7 @@ class Queue:
         self._put(kind, value, obj, _seconds(block, timeout))
 
     def _put(self, kind: int, value: Any, obj: Any, timeout: float) -> None:
+        self._used = True
         overflow = self._overflow
         if not overflow.values and self._try(kind, value, 0.0):  # nothing of ours waits, so the order is kept
             return
@@ -321,10 +323,23 @@ class Queue:
         return self._ring.in_flight() + len(self._overflow.values)
 
     def empty(self) -> bool:
-        """Whether get_nowait() would raise Empty."""
-        if self._closed:
+        """Whether a get would find nothing now.
+
+        Raises:
+            OSError: closed, after a put() of this process. (As with multiprocessing, who put nothing may still ask.)
+        """
+        if not self._closed:
+            return self._ring.empty()
+        if self._used:
             raise OSError("handle is closed")
-        return self._ring.empty()
+        try:
+            ring = MemQ.attach(self._ring.name)
+        except QueueNotFound:  # its owner ended
+            raise OSError("handle is closed") from None
+        try:
+            return ring.empty()
+        finally:
+            ring.close()
 
     def full(self) -> bool:
         """Whether put_nowait() would raise Full."""
