@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty
 
@@ -29,8 +30,6 @@ OFTEN = 16
 """As in _ring.pyx."""
 TRIPS = 50
 """More than twice as many."""
-
-
 
 
 def sleeps_in(thread: int, how: str) -> bool:
@@ -70,12 +69,28 @@ def answer_on_one_cpu(questions, answers, cpu: int) -> None:
         answers.put(question)
 
 
-def test_two_processes_on_one_cpu_give_way_to_each_other_instead_of_sleeping(queue, child):
+def answer_when_there_is_time(questions, answers, cpu: int) -> None:
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # a wake of ours takes the CPU from nobody
+    answer_on_one_cpu(questions, answers, cpu)
+
+
+@contextmanager
+def answered_by(answer, queue, child):
+    """(questions, answers): queues to a process that answers on the one CPU that is ours, too, for as long."""
     questions, answers = queue(65536), queue(65536)
     cpus = os.sched_getaffinity(0)
-    answering = child(answer_on_one_cpu, questions, answers, min(cpus))
+    answering = child(answer, questions, answers, min(cpus))
     os.sched_setaffinity(0, {min(cpus)})
     try:
+        yield questions, answers
+    finally:
+        os.sched_setaffinity(0, cpus)
+    questions.close()
+    end(answering)
+
+
+def test_two_processes_on_one_cpu_give_way_to_each_other_instead_of_sleeping(queue, child):
+    with answered_by(answer_on_one_cpu, queue, child) as (questions, answers):
 
         def mostly_awake() -> bool:  # unless somebody else takes the CPU: then they sleep for a while
             before = questions.stats().empty_waits + answers.stats().empty_waits
@@ -85,72 +100,47 @@ def test_two_processes_on_one_cpu_give_way_to_each_other_instead_of_sleeping(que
             return questions.stats().empty_waits + answers.stats().empty_waits - before < TRIPS // 2
 
         until(mostly_awake, "an exchange without many sleeps")
-    finally:
-        os.sched_setaffinity(0, cpus)
-    questions.close()
-    end(answering)
-
-
-def answer_when_there_is_time(questions, answers, cpu: int) -> None:
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # a wake of ours takes the CPU from nobody
-    answer_on_one_cpu(questions, answers, cpu)
 
 
 def test_a_task_gives_way_on_one_cpu_before_it_asks_whether_its_loop_is_idle(queue, child):
-    questions, answers = queue(65536), queue(65536)
-    cpus = os.sched_getaffinity(0)
-    answering = child(answer_when_there_is_time, questions, answers, min(cpus))
-    os.sched_setaffinity(0, {min(cpus)})
+    with answered_by(answer_when_there_is_time, queue, child) as (questions, answers):
 
-    async def exchange() -> int:
-        loop, busy = asyncio.get_running_loop(), True
+        async def exchange() -> int:
+            loop, busy = asyncio.get_running_loop(), True
 
-        def again() -> None:
-            if busy:
-                loop.call_soon(again)
+            def again() -> None:
+                if busy:
+                    loop.call_soon(again)
 
-        again()  # so that this loop is never idle
-        before = answers.stats().empty_waits
-        for number in range(TRIPS):
-            await questions.aput(number)
-            assert await answers.aget(DEADLINE) == number
-        busy = False
-        return answers.stats().empty_waits - before
+            again()  # so that this loop is never idle
+            before = answers.stats().empty_waits
+            for number in range(TRIPS):
+                await questions.aput(number)
+                assert await answers.aget(DEADLINE) == number
+            busy = False
+            return answers.stats().empty_waits - before
 
-    try:  # as above
         until(lambda: asyncio.run(exchange()) < TRIPS // 2, "an exchange with few waits in the loop")
-    finally:
-        os.sched_setaffinity(0, cpus)
-    questions.close()
-    end(answering)
 
 
 def test_a_poll_gives_way_to_nobody(queue, child):
-    questions, answers = queue(65536), queue(65536)
-    cpus = os.sched_getaffinity(0)
-    answering = child(answer_when_there_is_time, questions, answers, min(cpus))
-    os.sched_setaffinity(0, {min(cpus)})
+    with answered_by(answer_when_there_is_time, queue, child) as (questions, answers):
 
-    async def answered_at_once(timeout: float) -> int:
-        count = 0
-        for number in range(TRIPS):
-            await questions.aput(number)
-            try:
-                answer = await answers.aget(timeout)
-                count += 1
-            except Empty:
-                answer = await answers.aget(DEADLINE)
-            assert answer == number
-        return count
+        async def answered_at_once(timeout: float) -> int:
+            count = 0
+            for number in range(TRIPS):
+                await questions.aput(number)
+                try:
+                    answer = await answers.aget(timeout)
+                    count += 1
+                except Empty:
+                    answer = await answers.aget(DEADLINE)
+                assert answer == number
+            return count
 
-    try:
         assert asyncio.run(answered_at_once(DEADLINE)) == TRIPS  # now it runs, on this CPU
         found = [asyncio.run(answered_at_once(0)) for _ in range(20)]
-    finally:
-        os.sched_setaffinity(0, cpus)
     assert sum(found[10:]) < 5 * TRIPS, found  # who gives way does so reluctantly at first
-    questions.close()
-    end(answering)
 
 
 def test_a_thread_and_a_task_on_one_handle_both_get_their_frame(queue):

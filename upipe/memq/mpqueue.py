@@ -333,13 +333,10 @@ class Queue:
         if self._used:
             raise OSError("handle is closed")
         try:
-            ring = MemQ.attach(self._ring.name)
+            with MemQ.attach(self._ring.name) as ring:
+                return ring.empty()
         except QueueNotFound:  # its owner ended
             raise OSError("handle is closed") from None
-        try:
-            return ring.empty()
-        finally:
-            ring.close()
 
     def full(self) -> bool:
         """Whether put_nowait() would raise Full."""
