@@ -18,6 +18,7 @@ from tests.cluster.hosts import Hosts, hosts_of, left, until
 from tests.cluster.oracle import ON_ITS_WAY
 from tests.support import crowded
 from upipe.cluster.desk import BROKEN
+from upipe.cluster.timing import Timing
 
 pytestmark = pytest.mark.timeout(240)
 COUNT, RATE, WORK = 2400, 300.0, 6
@@ -90,15 +91,20 @@ def test_a_worker_is_killed(hosts: Hosts) -> None:
 
 
 def test_an_agent_is_killed_and_started_again_while_its_workers_run_on(tmp_path: Path) -> None:
+    """Away for longer than an agent that others miss may be: its workers stay, since these are patient."""
     with hosts_of(3, tmp_path, patient=True) as hosts:
         hosts.start()
-        program = begin(hosts)
+        enough = hosts.directory / "enough"
+        program = begin(hosts, f"--until={enough}")
         before = hosts.workers(1, "work")
+        assert before
         hosts.kill_agent(1)
-        time.sleep(0.5)
+        time.sleep(Timing().detection + 1)
         hosts.start_agent(1)
-        arrived(hosts, program, COUNT // 2)
+        hosts.wait_for_members()
+        arrived(hosts, program, len(hosts.seen()) + COUNT // 4)
         assert hosts.workers(1, "work") == before, "the same processes"
+        enough.touch()
         complete(hosts, program, again=0)
 
 

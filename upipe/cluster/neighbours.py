@@ -71,8 +71,8 @@ class Neighbours:
         tell: Callable[[str], None] = lambda sentence: None,
         timing: Timing | None = None,
     ) -> None:
-        self.machine = Membership(info, timing)
         self._timing = timing or Timing()
+        self.machine = Membership(info, self._timing)
         self.peers = make_peers(self.addresses)
         self._host = host
         self._changed = changed
