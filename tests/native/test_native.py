@@ -122,8 +122,8 @@ def test_threads(build, flavour, scale, mappings):
 
 
 @pytest.mark.parametrize("flavour", ["production", "address"])
-@pytest.mark.parametrize("source", ["spin_test.c", "clock_test.c"])
-def test_how_long_spins_last_and_what_time_it_is(build, source, flavour):
+@pytest.mark.parametrize("source", ["spin_test.c", "clock_test.c", "holdoff_test.c"])
+def test_how_long_spins_last_what_time_it_is_and_when_a_reader_holds_off(build, source, flavour):
     run(build(source, flavour))
 
 

@@ -215,6 +215,13 @@ cdef extern from "_spin.h" nogil:
     int sched_yield()
     int up_on_one_cpu(up_ring *r, int producer)
 
+cdef extern from "_holdoff.h" nogil:
+    ctypedef struct up_hold:
+        pass
+    int up_hold_fits(uint64_t size)
+    int up_hold_off(up_hold *h, uint64_t size, int64_t now)
+    void up_leave_alone(uint64_t stamp)
+
 cdef extern from "_lookout.h" nogil:
     uint64_t up_post_new(int fd, uint32_t *first, uint32_t *second)
     int up_post_quiet(uint64_t id)

@@ -7,6 +7,7 @@ cdef class Ring(Mirrored):
     A handle belongs to its process; in a forked child it joins the queue again by itself. Threads and tasks may share
     it: each get, put, reserve and borrow stands for itself, take() holds one frame per handle.
     """
+    cdef up_hold hold
 
     cdef uint64_t _claim(self, up_meta *m, double timeout) except? 0:
         """Claim room for a frame whose payload is written in place."""
@@ -32,6 +33,12 @@ cdef class Ring(Mirrored):
         finally:
             self._left(&w, 0)
 
+    cdef inline void _hold_off(self, up_frame *f) noexcept:
+        """Leave a large frame to its writer's cache for a moment (_holdoff.h)."""
+        if up_hold_fits(f.size) and up_hold_off(&self.hold, f.size, up_now_ns(CLOCK_MONOTONIC)):
+            with nogil:
+                up_leave_alone(f.timestamp)
+
     cdef object _view(self, uint64_t pos):
         """The value of a taken frame as a read-only view where it lies, checked."""
         cdef up_frame f = up_frame_at(&self.r, pos)[0]
@@ -43,6 +50,7 @@ cdef class Ring(Mirrored):
         if f.flags & UP_FLAG_INLINE or not (f.dtype == _ARRAY or f.dtype == _BYTES):
             return self._read(pos)
         if not (self.r.c.options & UP_OPT_NO_CRC):
+            self._hold_off(&f)
             with nogil:
                 crc = up_crc32_in_place(data, f.size)
             if up_crc32_header(&f, crc) != f.crc:
