@@ -152,7 +152,7 @@ def test_the_bytes_of_a_frame_are_those_of_the_architecture() -> None:
     packed = DataFrame(-2, DType.I32, key=7, execution=9).pack()
     assert len(packed) == 64
     crc, deliveries, magic, version, flags, dtype, item, rank, producer = struct.unpack_from("<IHHBBHBBH", packed)
-    assert (deliveries, magic, version, flags, dtype, item, rank, producer) == (1, 0x5055, 1, INLINE, 5, 0, 0, 0)
+    assert (deliveries, magic, version, flags, dtype, item, rank, producer) == (1, 0x5055, 2, INLINE, 5, 0, 0, 0)
     assert struct.unpack_from("<II", packed, 16) == (0, 7)
     assert struct.unpack_from("<QQQ", packed, 24) == (4, 0, 9)
     assert packed[56:] == b"\xfe\xff\xff\xff\0\0\0\0"
@@ -521,7 +521,7 @@ def test_structured_arrays_come_back(value: np.ndarray) -> None:
 def test_an_array_of_each_item_code_is_sent_under_that_code_with_its_dims_in_the_header(code: int) -> None:
     value = np.ones((2, 3), f"<{ITEMS[code]}")
     encoded = encode(value)
-    assert encoded[:5] == (DType.ARRAY, code, 2, SHAPE, 2 | 3 << 21)
+    assert encoded[:5] == (DType.ARRAY, code, 2, SHAPE, 2 | 3 << 31)
     assert b"".join(encoded.parts) == value.tobytes()
     assert same_array(value, read(encoded))
 
@@ -583,7 +583,11 @@ def test_arrays_that_are_not_c_contiguous_arrive_in_c_order(value: np.ndarray) -
     assert same_array(value, trip(value))
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (0, 2**40), (2**21,), (1, 1, 1, 1), (1,) * 33, (3, 0, 2)])
+@pytest.mark.parametrize(
+    "shape",
+    [(), (0,), (0, 2**40), (2**22,), (2**22, 2), (2, 3, 4, 5), (1,) * 8, (1,) * 7 + (127,), (1,) * 7 + (128,),
+     (1, 2**21, 1), (1, 2**21 - 1, 1), (0, 2**31 - 1), (0, 2**31), (1,) * 9, (1,) * 33, (3, 0, 2)],
+)  # fmt: skip
 def test_shapes_that_do_not_fit_the_header_stand_before_data_that_starts_on_a_cache_line(
     shape: tuple[int, ...],
 ) -> None:
@@ -596,7 +600,8 @@ def test_shapes_that_do_not_fit_the_header_stand_before_data_that_starts_on_a_ca
     else:
         preamble = encoded.parts[0]
         assert len(preamble) % ALIGN == 0 and struct.unpack_from(f"<{len(shape)}Q", preamble) == shape
-    assert (encoded.flags & SHAPE == SHAPE) == (len(shape) <= 3 and all(dim < 2**21 for dim in shape))
+    fits = len(shape) <= 8 and all(dim < 2 ** (63 // len(shape)) for dim in shape)
+    assert (encoded.flags & SHAPE == SHAPE) == fits
     assert same_array(value, read(encoded))
 
 
@@ -960,8 +965,9 @@ def described(text: Any, data: bytes = bytes(64), dims: tuple[int, ...] = (1,)) 
         ((DType.ARRAY, 5, 64, 0, 0, 8), bytes(8), "cannot hold 64 dims"),
         ((DType.ARRAY, 14, 1, SHAPE, 1, 1), b"1", "item code 14"),
         ((DType.ARRAY, 5, 1, SHAPE, 2, 1), b"1", r"1 bytes for shape \(2,\)"),
-        ((DType.ARRAY, 5, 1, SHAPE, 1 | 1 << 21, 1), b"1", "packed dims"),
-        ((DType.ARRAY, 5, 4, SHAPE, 0, 0), b"", "packed dims"),
+        ((DType.ARRAY, 5, 2, SHAPE, 1 | 1 << 31 | 1 << 62, 1), b"1", "packed dims"),
+        ((DType.ARRAY, 5, 0, SHAPE, 1, 1), b"1", "packed dims"),
+        ((DType.ARRAY, 5, 9, SHAPE, 0, 0), b"", "packed dims"),
         ((DType.ARRAY, 5, 1, 0, 0, 8), bytes(8), "preamble alone has 64"),
         ((DType.ARRAY, 5, 2, 0, 0, 64), struct.pack("<QQ", 2**63, 2).ljust(64, b"\0"), "0 bytes for shape"),
         ((DType.ARRAY, 5, 2, 0, 0, 64), struct.pack("<QQ", 2**63, 0).ljust(64, b"\0"), "shape"),
@@ -1158,8 +1164,8 @@ def test_a_foreign_magic_version_or_size_is_refused_even_with_a_matching_crc() -
     assert DataFrame.unpack(rewrite(packed, deliveries=3)).deliveries == 3
     with pytest.raises(FrameError, match="magic is 0x1234 instead of 0x5055"):
         DataFrame.unpack(rewrite(packed, magic=0x1234))
-    with pytest.raises(FrameError, match="version 2, and this uPipe reads version 1"):
-        DataFrame.unpack(rewrite(packed, version=2))
+    with pytest.raises(FrameError, match="version 3, and this uPipe reads version 2"):
+        DataFrame.unpack(rewrite(packed, version=3))
     with pytest.raises(FrameError, match="31 bytes follow the header, which announces 30"):
         DataFrame.unpack(rewrite(packed, size=30))
 

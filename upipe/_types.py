@@ -18,7 +18,7 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 Part: TypeAlias = bytes | memoryview
 
 MAGIC = 0x5055
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 64
 HEADER = struct.Struct("<IHHBBHBBHIIQQQQQ")
 """The fields of `Header`, in its order: 64 bytes, little endian, without gaps."""
@@ -37,9 +37,8 @@ ITEMS = ("?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", 
 ITEM_DESCRIBED = 255
 """Item code of an array whose item type is described in msgpack at the start of the payload."""
 MAX_RANK = 64
-DIM_BITS = 21
-SHAPE_RANK = 3
-"""Up to this rank, dims that each fit in DIM_BITS are packed into the header's `inline` (flag SHAPE)."""
+SHAPE_RANK = 8
+"""Up to this rank, dims that each fit in ``63 // rank`` bits are packed into the header's `inline` (flag SHAPE)."""
 
 CUSTOM_BASE = 1024
 CUSTOM_CODES = 64512

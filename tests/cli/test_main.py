@@ -78,7 +78,7 @@ def row(output: str, name: str) -> list[str]:
 
 def test_version_names_upipe_its_layout_and_python() -> None:
     assert invoke("version").output == (
-        f"uPipe {__version__} (layout 1), Python {sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}\n"
+        f"uPipe {__version__} (layout 2), Python {sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}\n"
     )
 
 

@@ -160,7 +160,9 @@ def test_bad_arguments_are_refused_with_their_names():
         with pytest.raises(ValueError, match=text):
             MemQ(**knobs)
     with MemQ(4096) as q:
-        for shape, dtype in [((1, 2, 3, 4), "u1"), (1 << 21, "u1"), (-1, "u1"), (3, "O"), (3, ">i4"), (3, "U5")]:
+        for shape, dtype in [
+            ((1,) * 9, "u1"), ((1, 1 << 31), "u1"), (1 << 63, "u1"), (-1, "u1"), (3, "O"), (3, ">i4"), (3, "U5"),
+        ]:
             with pytest.raises(ValueError, match="reserve"):
                 q.reserve(shape, dtype)
 

@@ -12,6 +12,7 @@ import pytest
 from tests.memq.helpers import Thread, asleep, in_flight
 from upipe.errors import (
     EndOfStream,
+    FrameTooLarge,
     QueueClosed,
     QueueError,
 )
@@ -108,12 +109,63 @@ def test_reserve_and_borrow_share_the_bytes_of_the_ring(queue):
         assert text == "text"
 
 
+def lies_in(q, view):
+    """Whether the bytes of an array or a memoryview are in the memory of the queue."""
+    at = np.frombuffer(view, "u1").ctypes.data if isinstance(view, memoryview) else view.ctypes.data
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if q.name in line]
+    spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+    return any(first <= at < last for first, last in spans)
+
+
 def test_borrow_gives_large_bytes_as_a_view_too(queue):
     q = queue(8 << 20)
     q.put(b"z" * (5 << 20))
     with q.borrow() as m:
         assert isinstance(m, memoryview)
         assert m.nbytes == 5 << 20
+        assert m.readonly and lies_in(q, m)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.arange(1 << 22, dtype="u1"), np.ones((1 << 21, 2), "i1"), np.arange(120.0).reshape(2, 3, 4, 5),
+        np.ones((1, 2) * 4, "c16"), np.ones((1,) * 9), np.ones((200,) + (1,) * 7), np.arange(9, dtype=">i4"),
+        np.zeros(5, [("at", "M8[us]"), ("what", "u2", (3,))]), np.array(["a", "bc"]), np.full(3, 7, "m8[ns]"),
+    ],
+    ids=lambda value: f"{value.dtype}-{value.shape}",
+)  # fmt: skip
+def test_an_array_of_any_shape_and_type_is_borrowed_where_it_lies(queue, value):
+    q = queue(8 << 20)
+    q.put(value)
+    with q.borrow() as a:
+        assert a.dtype == value.dtype and a.shape == value.shape and (a == value).all()
+        assert not a.flags.writeable and lies_in(q, a)
+    assert not lies_in(q, value)
+    assert q.empty()
+
+
+@pytest.mark.parametrize(
+    "shape", [(8, 9, 16, 3), 3 << 20, (1 << 21, 2), np.int64(5), [np.uint8(2), 3], (), (0, 7), (2,) * 8]
+)
+def test_any_shape_up_to_eight_dimensions_is_reserved(queue, shape):
+    q = queue(8 << 20)
+    with q.reserve(shape, "u1") as a:
+        assert a.shape == np.empty(shape, "u1").shape and a.flags.writeable
+        a[...] = 3
+    value = q.get()
+    assert value.shape == a.shape and (value == 3).all()
+
+
+def test_what_is_no_shape_is_a_type_error_and_what_no_ring_holds_is_too_large(queue):
+    q = queue()
+    for shape in [2.5, (2.5,), "3", None]:
+        with pytest.raises(TypeError):
+            q.reserve(shape)
+    for shape in [1 << 62, (1 << 30, 1 << 30), ((1 << 31) - 1,) * 2, ((1 << 21) - 1,) * 3]:
+        with pytest.raises(FrameTooLarge), q.reserve(shape, "c16"):
+            pass
+    assert q.empty()
 
 
 def test_a_block_that_raises_gives_the_borrowed_frame_back(queue):

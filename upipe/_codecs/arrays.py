@@ -12,7 +12,7 @@ import numpy as np
 
 from upipe._codecs.common import ARRAY, AnyArray, AnyDType, malformed, misfit
 from upipe._codecs.pickles import encode_pickle
-from upipe._types import ALIGN, DIM_BITS, ITEM_DESCRIBED, ITEMS, MAX_RANK, SHAPE, SHAPE_RANK, Encoded, Part
+from upipe._types import ALIGN, ITEM_DESCRIBED, ITEMS, MAX_RANK, SHAPE, SHAPE_RANK, Encoded, Part
 
 _ITEM_DTYPES: tuple[AnyDType, ...] = tuple(np.dtype(f"<{item}") for item in ITEMS)
 _ITEM_OF: dict[AnyDType, int] = {dtype: code for code, dtype in enumerate(_ITEM_DTYPES)}
@@ -34,8 +34,9 @@ def encode_array(value: AnyArray, allow_pickle: bool) -> Encoded:
         dense = value if value.flags.c_contiguous else np.ascontiguousarray(value)
         data = (dense.reshape(-1).view(np.uint8).data,)
     rank, size = value.ndim, value.nbytes
-    if rank <= SHAPE_RANK and not described and all(dim < 1 << DIM_BITS for dim in value.shape):
-        packed = sum(dim << DIM_BITS * axis for axis, dim in enumerate(value.shape))
+    bits = _dim_bits(rank)
+    if rank <= SHAPE_RANK and not described and all(dim < 1 << bits for dim in value.shape):
+        packed = sum(dim << bits * axis for axis, dim in enumerate(value.shape))
         return Encoded(ARRAY, item, rank, SHAPE, packed, data, size)
     preamble = struct.pack(f"<{rank}Q", *value.shape)
     if described:
@@ -118,15 +119,21 @@ def _dtype_of(described: Any, depth: int) -> AnyDType:
     return np.dtype(form, align=described["aligned"] is True)  # type: ignore[call-overload,no-any-return]
 
 
+def _dim_bits(rank: int) -> int:
+    """Of each packed dim."""
+    return 63 // max(rank, 1)
+
+
 def read_array(item: int, rank: int, flags: int, inline: int, data: memoryview) -> AnyArray:
     if rank > MAX_RANK:
         malformed(ARRAY, f"rank {rank}, and the highest is {MAX_RANK}")
     if item >= len(ITEMS) and item != ITEM_DESCRIBED:
         malformed(ARRAY, f"unknown item code {item}")
     if flags & SHAPE:
-        if rank > SHAPE_RANK or item == ITEM_DESCRIBED or inline >> DIM_BITS * rank:
+        bits = _dim_bits(rank)
+        if rank > SHAPE_RANK or item == ITEM_DESCRIBED or inline >> bits * rank:
             malformed(ARRAY, f"rank {rank} and item code {item} do not go with the packed dims 0x{inline:x}")
-        dims = tuple(inline >> DIM_BITS * axis & (1 << DIM_BITS) - 1 for axis in range(rank))
+        dims = tuple(inline >> bits * axis & (1 << bits) - 1 for axis in range(rank))
         dtype, start = _ITEM_DTYPES[item], 0
     else:
         dims, dtype, start = _read_preamble(item, rank, data)

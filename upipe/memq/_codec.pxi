@@ -110,15 +110,25 @@ cdef void _encode_bytes(const char *data, Py_ssize_t size, int dtype, Out *o) no
         o.data = <const uint8_t *>data
 
 
+cdef extern from *:
+    """
+    static const uint8_t up_dim_bits[] = {0, 63, 31, 21, 15, 12, 10, 9, 7}; /* 63 / rank */
+    """
+    const uint8_t *up_dim_bits
+
+cdef enum:
+    SHAPE_RANK = 8          # as _types.SHAPE_RANK
+
+
 cdef bint _encode_array(cnp.ndarray value, Out *o) except -1:
     cdef int item = _item_of(value), rank = value.ndim, i
-    if item < 0 or rank > 3 or not cnp.PyArray_IS_C_CONTIGUOUS(value) or not cnp.PyArray_ISNOTSWAPPED(value):
+    if item < 0 or rank > SHAPE_RANK or not cnp.PyArray_IS_C_CONTIGUOUS(value) or not cnp.PyArray_ISNOTSWAPPED(value):
         return False
     _meta(&o.m, _ARRAY, UP_FLAG_SHAPE, cnp.PyArray_NBYTES(value))
     for i in range(rank):
-        if value.shape[i] >= 2097152:
+        if <uint64_t>value.shape[i] >> up_dim_bits[rank]:
             return False
-        o.m.inline_ |= <uint64_t>value.shape[i] << (21 * i)
+        o.m.inline_ |= <uint64_t>value.shape[i] << (up_dim_bits[rank] * i)
     o.m.item = item
     o.m.rank = rank
     o.data = <const uint8_t *>cnp.PyArray_DATA(value)
@@ -178,18 +188,19 @@ cdef list _encode_other(object value, int dtype, Out *o, bint allow_pickle):
 
 cdef object _array_view(up_frame *f, object base, void *data, bint writeable):
     """An array over `data`, kept alive by base. None when the frame is not of the plain kind."""
-    cdef cnp.npy_intp dims[3]
-    cdef uint64_t count = 1
-    cdef int i
+    cdef cnp.npy_intp dims[SHAPE_RANK]
+    cdef uint64_t count = 1  # fits: all dims together have 63 bits
+    cdef int i, bits
     cdef cnp.dtype descr
     cdef cnp.ndarray out
-    if not f.flags & UP_FLAG_SHAPE or f.item >= 14 or f.rank > 3:
+    if not f.flags & UP_FLAG_SHAPE or f.item >= 14 or f.rank > SHAPE_RANK:
         return None
+    bits = up_dim_bits[f.rank]
     for i in range(f.rank):
-        dims[i] = (f.inline_ >> (21 * i)) & 0x1FFFFF
+        dims[i] = (f.inline_ >> (bits * i)) & ((<uint64_t>1 << bits) - 1)
         count *= <uint64_t>dims[i]
     descr = cnp.PyArray_DescrFromType(_item_to_num[f.item])
-    if count * <uint64_t>descr.itemsize != f.size:
+    if count > f.size or count * <uint64_t>descr.itemsize != f.size:  # the product of what is larger might wrap around
         return None
     Py_INCREF(descr)  # stolen by the call
     out = PyArray_NewFromDescr(<void *>cnp.ndarray, descr, f.rank, dims, NULL, data,

@@ -4,9 +4,9 @@
 #include <stddef.h>
 #include <stdint.h>
 #define UP_MAGIC 0x00514d4550495075ull
-#define UP_VERSION 1
+#define UP_VERSION 2
 #define UP_FRAME_MAGIC 0x5055
-#define UP_FINGERPRINT 0x6446b3deu
+#define UP_FINGERPRINT 0x8f8d1c9cu
 #define UP_GRANULE 64
 #define UP_CONTROL_BYTES 4096
 #define UP_SLOTS 512
@@ -68,7 +68,7 @@ typedef struct up_frame {
     uint64_t position; /* byte position of this header in the ring's stream */
     uint64_t execution; /* execution id of a call, 0 = none */
     uint64_t timestamp; /* ns since 1970 when it was written, or up to 4 us before */
-    uint64_t inline_; /* payload of at most 8 bytes, or three packed dims */
+    uint64_t inline_; /* payload of at most 8 bytes, or packed dims */
 } up_frame;
 _Static_assert(sizeof(up_frame) == 64, "up_frame");
 _Static_assert(offsetof(up_frame, crc) == 0, "up_frame.crc");

@@ -15,6 +15,7 @@ import errno as _errno
 import os
 import queue as _queue
 import weakref as _weakref
+from operator import index as _index
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer

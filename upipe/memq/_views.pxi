@@ -11,6 +11,14 @@ cdef class _Pin:
         PyBuffer_FillInfo(view, self, self.data, self.size, not self.writable, flags)
 
 
+cdef tuple _dims(shape):
+    """Of a shape as numpy takes it. Raises TypeError."""
+    try:
+        return (_index(shape),)
+    except TypeError:
+        return tuple([_index(d) for d in shape])
+
+
 cdef class Reservation:
     """`with q.reserve(shape, dtype) as array:`: write into the ring; committed at the end, aborted on an exception.
 
@@ -27,25 +35,28 @@ cdef class Reservation:
 
     def __init__(self, Ring ring, shape, dtype, double timeout, uint32_t key):
         cdef cnp.dtype descr = _np.dtype(dtype)
-        cdef tuple dims = (shape,) if isinstance(shape, int) else tuple(shape)
-        cdef int i, num = descr.type_num, item = -1
-        cdef uint64_t size = descr.itemsize, packed = 0
-        if 0 <= num < 24 and cnp.PyArray_ISNBO(descr.byteorder) and len(dims) <= 3:
+        cdef tuple dims = _dims(shape)
+        cdef int i, num = descr.type_num, rank = len(dims), item = -1, bits = 0
+        cdef uint64_t size = descr.itemsize, packed = 0, dim
+        if 0 <= num < 24 and cnp.PyArray_ISNBO(descr.byteorder):
             item = _num_to_item[num]
-        for i, d in enumerate(dims):
-            if item < 0 or not 0 <= d < 2097152:
-                item = -1
-                break
-            size = size * <uint64_t>d if size <= <uint64_t>1 << 42 else <uint64_t>1 << 63 if d else 0  # no overflow
-            packed |= <uint64_t>d << (21 * i)
         if item < 0:
-            raise ValueError(f"reserve takes up to 3 dimensions below 2**21 of a plain numeric dtype, not {dims} of "
-                             f"{descr}")
+            raise ValueError(f"reserve takes a plain numeric dtype in this machine's byte order, not {descr}; put() "
+                             "takes any")
+        if rank <= SHAPE_RANK:
+            bits = up_dim_bits[rank]
+        for i, d in enumerate(dims):
+            if rank > SHAPE_RANK or not 0 <= d < <uint64_t>1 << bits:
+                raise ValueError(f"reserve takes up to {SHAPE_RANK} dimensions, each below 2**(63 // their number), "
+                                 f"not {dims}; put() takes any")
+            dim = d
+            packed |= dim << (bits * i)
+            size = size * dim if dim == 0 or size <= (<uint64_t>1 << 62) // dim else <uint64_t>1 << 62  # fits no ring
         self.ring = ring
         self.timeout = timeout
         _meta(&self.m, _ARRAY, UP_FLAG_SHAPE, size)
         self.m.item = item
-        self.m.rank = len(dims)
+        self.m.rank = rank
         self.m.key = key
         self.m.inline_ |= packed
 

@@ -58,21 +58,22 @@ cdef class Ring(Mirrored):
         self.last = f
         pin = _Pin()
         pin.ring = self
-        if f.dtype == _ARRAY:
-            value = _array_view(&f, pin, data, False)
-            return self._read(pos) if value is None else value
-        if f.size >= 2097152:
-            return memoryview(self._read(pos))
         pin.data = data
         pin.size = f.size
-        return memoryview(pin)
+        if f.dtype == _BYTES:
+            return memoryview(pin)
+        value = _array_view(&f, pin, data, False)
+        if value is None:  # its dims or its item type stand before its data
+            value = _frame.decode(f.dtype, f.item, f.rank, f.flags, f.inline_, f.size, memoryview(pin),
+                                  allow_pickle=self.allow_pickle)
+        return value
 
     def reserve(self, shape, dtype="u1", timeout=None, *, uint32_t key=0):
         """A writable array inside the ring, committed when the with block ends, aborted when it raises.
 
         Args:
-            shape: int or tuple of ints, at most three dimensions below 2**21 each.
-            dtype: numpy dtype of fixed width.
+            shape: int or sequence of ints: up to 8 dimensions, each below 2**(63 // their number).
+            dtype: plain numeric numpy dtype (bool, integer, float, complex) in this machine's byte order.
             timeout: seconds to wait for room, None waits for ever.
 
         Raises (on entry):

@@ -14,7 +14,7 @@ import sys
 import zlib
 from typing import NamedTuple
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 MAGIC = 0x0051_4D45_5049_5075  # "uPIPEMQ\0", little endian
 FRAME_MAGIC = 0x5055
 GRANULE = 64
@@ -56,7 +56,7 @@ FRAME = (
     Field(32, "uint64_t", "position", 0, "byte position of this header in the ring's stream"),
     Field(40, "uint64_t", "execution", 0, "execution id of a call, 0 = none"),
     Field(48, "uint64_t", "timestamp", 0, "ns since 1970 when it was written, or up to 4 us before"),
-    Field(56, "uint64_t", "inline_", 0, "payload of at most 8 bytes, or three packed dims"),
+    Field(56, "uint64_t", "inline_", 0, "payload of at most 8 bytes, or packed dims"),
 )
 
 CONTROL = (
