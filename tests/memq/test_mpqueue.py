@@ -339,6 +339,26 @@ def test_who_put_nothing_may_ask_a_closed_queue_whether_it_is_empty(make):
     assert q.empty()
 
 
+def test_a_closed_queue_tells_its_size_as_long_as_its_owner_lives(make):
+    for kind in (Queue, JoinableQueue):
+        q = make(kind, 3)
+        other = pickle.loads(pickle.dumps(q))
+        for n in range(3):
+            q.put(n)
+        q.close()
+        q.join_thread()
+        assert (q.qsize(), q.full()) == (3, True)
+        assert other.get() == 0
+        assert (q.qsize(), q.full()) == (2, False)
+    q = make(Queue, 3)
+    other = pickle.loads(pickle.dumps(q))
+    other.close()
+    q._ring.unlink()  # as at its end
+    for call in (other.qsize, other.empty, other.full):
+        with pytest.raises(OSError, match="is closed"):
+            call()
+
+
 def test_close_wakes_a_thread_that_waits(make):
     q = make()
     t = Thread(q.get)

@@ -20,11 +20,12 @@ import time
 import traceback
 import weakref
 from collections import deque
+from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize, debug, info, is_exiting, register_after_fork
 from pathlib import Path
 from types import GenericAlias
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -41,6 +42,8 @@ goes through the feeder thread), arrays of 1 MiB 0.8, 0.8, 10 and 11 GB/s (in fi
 _SMALLEST = 1 << 16
 _NATIVE = frozenset({type(None), bool, int, float, str, bytes})
 _FOREVER = float("inf")
+
+_T = TypeVar("_T")
 
 VALUE, PICKLED, SPILLED, SPILLED_PICKLE = 0, 1, 2, 3
 """What a frame is, in the `key` field of its header: the value itself; bytes of multiprocessing's pickler; the name of
@@ -318,28 +321,37 @@ class Queue:
         except EndOfStream:  # only in a queue that another process's bug made end
             raise Empty from None
 
+    def _asked(self, question: Callable[[MemQ], _T]) -> _T:
+        """Its answer about the ring; of a closed queue, over a handle made for it, as long as the owner lives."""
+        if not self._closed:
+            return question(self._ring)
+        try:
+            with MemQ.attach(self._ring.name) as ring:
+                return question(ring)
+        except QueueNotFound:
+            raise OSError("handle is closed") from None
+
     def qsize(self) -> int:
-        """Values in the ring and in this process's overflow."""
-        return self._ring.in_flight() + len(self._overflow.values)
+        """Values in the ring and in this process's overflow. (As with multiprocessing, also of a closed queue.)
+
+        Raises:
+            OSError: closed, and its owner ended.
+        """
+        return self._asked(MemQ.in_flight) + len(self._overflow.values)
 
     def empty(self) -> bool:
         """Whether a get would find nothing now.
 
         Raises:
-            OSError: closed, after a put() of this process. (As with multiprocessing, who put nothing may still ask.)
+            OSError: closed, after a put() of this process (as with multiprocessing, who put nothing may still ask);
+                or closed, and its owner ended.
         """
-        if not self._closed:
-            return self._ring.empty()
-        if self._used:
+        if self._closed and self._used:
             raise OSError("handle is closed")
-        try:
-            with MemQ.attach(self._ring.name) as ring:
-                return ring.empty()
-        except QueueNotFound:  # its owner ended
-            raise OSError("handle is closed") from None
+        return self._asked(MemQ.empty)
 
     def full(self) -> bool:
-        """Whether put_nowait() would raise Full."""
+        """Whether put_nowait() would raise Full, were the queue not closed. Raises as qsize()."""
         return bool(self._maxsize) and self.qsize() >= self._maxsize
 
     def get_nowait(self) -> Any:
