@@ -196,6 +196,8 @@ cdef object _array_view(up_frame *f, object base, void *data, bint writeable):
     if not f.flags & UP_FLAG_SHAPE or f.item >= 14 or f.rank > SHAPE_RANK:
         return None
     bits = up_dim_bits[f.rank]
+    if f.inline_ >> (bits * f.rank):
+        return None
     for i in range(f.rank):
         dims[i] = (f.inline_ >> (bits * i)) & ((<uint64_t>1 << bits) - 1)
         count *= <uint64_t>dims[i]
