@@ -42,8 +42,9 @@ class Case:
     """The work for a peer that is to take so many seconds."""
     seconds: tuple[float, float]
     """Of measuring, in a quick and in a full run."""
-    rounds: tuple[int, int] = (3, 5)
-    """Repeats, interleaved, in a quick and in a full run."""
+    rounds: tuple[int, int] = (3, 3)
+    """Repeats, interleaved, in a quick and in a full run. What a target is about takes part in every round of a full
+    run (schedule.py)."""
     quick: bool = True
     """Part of a quick run."""
     limit: str = ""
@@ -110,7 +111,7 @@ def _frame_cases() -> list[Case]:
                         "frames",
                         amounts.frames(name, size, shape, depth, in_place),
                         (0.15, 1.0),
-                        rounds=(2, 5) if depth == 8 else (2, 2),
+                        rounds=(2, 3) if depth == 8 else (2, 2),
                         quick=depth == 8,
                         limit=f"memcpy-{label}-{depth}",
                         only=(lambda peer: peer.views) if in_place else (lambda peer: peer.copies),
@@ -154,7 +155,7 @@ CASES: list[Case] = [
             "rtt",
             amounts.trips(f"rtt-asleep-{pins}", pins, 0.001),
             (0.25, 1.5),
-            rounds=(2, 5),
+            rounds=(2, 3),
             limit=f"futex-{pins}",
             only=lambda peer: not peer.polls,
             extra=("p99", "p99.9"),
@@ -173,7 +174,7 @@ CASES: list[Case] = [
         "mpmc",
         amounts.many("mpmc", 4, 4),
         (0.4, 1.5),
-        rounds=(2, 5),
+        rounds=(2, 3),
     ),
     Case(
         "fanout",
@@ -184,7 +185,7 @@ CASES: list[Case] = [
         "fanout",
         amounts.fanout,
         (0.4, 1.5),
-        rounds=(1, 5),
+        rounds=(1, 3),
     ),
     Case(
         "start",
@@ -195,7 +196,7 @@ CASES: list[Case] = [
         "start",
         amounts.start,
         (0.2, 0.2),
-        rounds=(2, 7),
+        rounds=(2, 3),
     ),
     Case(
         "chain",
@@ -206,7 +207,7 @@ CASES: list[Case] = [
         "chain",
         amounts.chain,
         (0.2, 1.5),
-        rounds=(1, 5),
+        rounds=(1, 3),
         extra=("p99",),
         only=lambda peer: not peer.polls,
         left_out=(("iceoryx2.poll", "11 polling processes on few CPUs do not come to an end"),),
@@ -248,7 +249,7 @@ CASES: list[Case] = [
             "among",
             amounts.among("among", count),
             (0.3, 1.0),
-            rounds=(2, 5 if count == 64 else 2),
+            rounds=(2, 3 if count == 64 else 2),
             quick=count == 64,
             only=lambda peer: peer.own,
             extra=("lone", "in turn"),

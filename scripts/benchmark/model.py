@@ -80,6 +80,8 @@ class Outcome:
     """Other numbers of the same measurement: p99, p99.9, ..."""
     error: str = ""
     """Why there is no value; a first word "absent" means: not installed here."""
+    round: int = 0
+    """Of the run; what was measured in the same one was measured within few minutes."""
 
     @property
     def lost(self) -> int:

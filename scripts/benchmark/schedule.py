@@ -12,6 +12,7 @@ from benchmark.model import Outcome, Work
 from benchmark.peers import Peer
 from benchmark.run import measure
 from benchmark.stats import Row, Table
+from benchmark.targets import judged
 
 Measure = Callable[[Peer, Sequence[Work], float], list[Outcome]]
 MeasureLimits = Callable[[Case], dict[str, float]]
@@ -19,6 +20,9 @@ GRACE = 15.0
 """Seconds that the first round may take longer than the budget; what it has not begun then is shown as not run."""
 SLACK = 12.0
 """Seconds a measurement may take longer than it should, before it counts as hung."""
+ROUNDS = 9
+"""Of a full run. Every third takes all peers; those between only what the targets are about, who are compared round by
+round: a host with neighbours is fast for minutes and slow for minutes, and a median of three falls into either."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +40,34 @@ class Job:
 
 def jobs(cases: Sequence[Case], wanted: Sequence[str], quick: bool) -> Iterator[Job]:
     """All of them, in order."""
-    for number in range(max(case.rounds[0 if quick else 1] for case in cases)):
-        now = [case for case in cases if number < case.rounds[0 if quick else 1]]
+    for number in range(max(case.rounds[0] for case in cases) if quick else ROUNDS):
         heavy: dict[str, tuple[Peer, list[Case]]] = {}
         found: list[Job] = []
-        for case in now:
+        for case in cases:
             # The limits go with uPipe's own rows: those are first, and last where the order is reversed.
             peers = [*([None] if case.limit else []), *(peer for peer in case.peers() if matches(peer.name, wanted))]
             for peer in peers if number % 2 == 0 else reversed(peers):
-                if quick and peer is not None and not in_quick(case, peer):
+                if not (_in_quick_round if quick else _in_full_round)(case, peer, number):
                     continue
                 if peer is None or not peer.heavy:
                     found.append(Job(peer, (case,), number))
-                elif number < (1 if quick else 3):
+                else:
                     heavy.setdefault(peer.name, (peer, []))[1].append(case)
         for peer, todo in heavy.values():
             found.append(Job(peer, tuple(todo), number))
         yield from sorted(found, key=_urgency) if quick else found
+
+
+def _in_quick_round(case: Case, peer: Peer | None, number: int) -> bool:
+    repeats = 1 if peer is not None and peer.heavy else case.rounds[0]
+    return number < repeats and (peer is None or in_quick(case, peer))
+
+
+def _in_full_round(case: Case, peer: Peer | None, number: int) -> bool:
+    """The limits go with what they are compared to. A case that no target is about has no judged peers."""
+    if number % 3 == 0 and number // 3 < case.rounds[1]:
+        return True
+    return judged(case, peer)
 
 
 def _urgency(job: Job) -> tuple[bool, bool]:
@@ -102,6 +117,7 @@ def run(
         for case, outcome in zip(job.cases, outcomes, strict=True):
             row = tables[case.name].row(job.peer.name)
             assert row is not None
+            outcome.round = job.round
             row.outcomes.append(outcome)
     _progress(None, started)
     return [_supported(table, quick) for table in tables.values()]

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 from typing import Any
 
+from benchmark.cases import Case
+from benchmark.peers import Peer
 from benchmark.stats import Row, Table
 
 ENOUGH = 3
@@ -92,6 +94,24 @@ TARGETS: tuple[Target, ...] = (
 )
 
 
+def judged(case: Case, peer: Peer | None) -> bool:
+    """Is a target about that row of that case, or measured against it? No peer: against the physical limits.
+
+    Where a target is against the best of all, these are the peers that are known for it (`Peer.key`); another that is
+    better is the one compared to, with the fewer rounds that it has.
+    """
+    mine = [target for target in TARGETS if target.case == case.name]
+    if peer is None:
+        return any(target.limit for target in mine)
+    if peer.own:
+        return any(target.row == peer.name for target in mine)
+    return any(
+        peer.name.startswith(target.peers) if target.peers else peer.key and not peer.heavy
+        for target in mine
+        if not target.limit and not target.absolute
+    )
+
+
 def judge(tables: Sequence[Table]) -> list[Verdict]:
     """All targets whose case was run."""
     known = {table.case.name: table for table in tables}
@@ -100,57 +120,43 @@ def judge(tables: Sequence[Table]) -> list[Verdict]:
 
 def _judge(target: Target, table: Table) -> Verdict:
     row = table.row(target.row)
-    mine = _values(row, target) if row is not None and not row.lost and not row.bad else []
+    mine = _values(row, target) if row is not None and not row.lost and not row.bad else {}
     sign = "≤" if target.most else "≥"
-    against, theirs = ("", [1.0] * ENOUGH) if target.absolute else _against(target, table)
-    if target.limit and row is not None and mine:
-        mine, theirs = _same_rounds(row, table.limit_values.get(target.limit, {}))
+    against, theirs = ("", dict.fromkeys(mine, 1.0)) if target.absolute else _against(target, table)
     wanted = f"{sign} {target.factor:g} {target.absolute or '×'}"
-    if not mine or not theirs:
+    # Round by round, so that a slow minute is in both.
+    ratios = [value / theirs[number] for number, value in mine.items() if theirs.get(number)]
+    if not ratios:
         return Verdict(target.what, wanted, "–", against or "no such peer here", "not measured", None)
-    ratios = _ratios(target, mine, theirs)
-    reached = max(median(ratios) if target.limit else median(mine) / median(theirs), 1e-9)
+    reached = max(median(ratios), 1e-9)
     factor = target.factor / reached if target.most else reached / target.factor
-    verdict = _sure("met" if factor >= 1 else "missed", target, ratios, min(len(mine), len(theirs)))
+    verdict = _sure("met" if factor >= 1 else "missed", target, ratios)
     return Verdict(target.what, wanted, f"{reached:.3g}", against, verdict, factor)
 
 
-def _ratios(target: Target, mine: list[float], theirs: list[float]) -> list[float]:
-    """To a limit, which is measured right beside our row: round by round, so that a slow minute is in both. To a peer,
-    whose turn comes minutes later: all pairs."""
-    if target.limit:
-        return [one / other for one, other in zip(mine, theirs, strict=True)]
-    return [one / other for one in mine for other in theirs if other]
-
-
-def _same_rounds(row: Row, limits: dict[int, float]) -> tuple[list[float], list[float]]:
-    """Of the rounds that gave both: uPipe's values, which are measured in every round, and the limit's."""
-    both = [
-        (one.value, limits[number]) for number, one in enumerate(row.outcomes) if not one.error and number in limits
-    ]
-    return [mine for mine, _ in both], [limit for _, limit in both]
-
-
-def _sure(verdict: str, target: Target, ratios: list[float], runs: int) -> str:
+def _sure(verdict: str, target: Target, ratios: list[float]) -> str:
     """The verdict, unless there are too few repeats, or the middle half of the ratios holds both answers."""
-    if runs < ENOUGH:
-        return f"unclear: {runs} of {ENOUGH} runs ({verdict})"
+    if len(ratios) < ENOUGH:
+        return f"unclear: {len(ratios)} of {ENOUGH} runs ({verdict})"
     low, _, high = quantiles(ratios, n=4)
     if low < target.factor < high:
         return f"unclear: {low:.3g} to {high:.3g} ({verdict})"
     return verdict
 
 
-def _values(row: Row, target: Target) -> list[float]:
-    return row.values if target.measure == "median" else [one.cpu for one in row.good if one.cpu]
+def _values(row: Row, target: Target) -> dict[int, float]:
+    """Round -> what it gave."""
+    if target.measure == "median":
+        return {one.round: one.value for one in row.good}
+    return {one.round: one.cpu for one in row.good if one.cpu}
 
 
-def _against(target: Target, table: Table) -> tuple[str, list[float]]:
+def _against(target: Target, table: Table) -> tuple[str, dict[int, float]]:
     if target.limit:
-        return f"C {target.limit}", list(table.limit_values.get(target.limit, {}).values())
+        return f"C {target.limit}", table.limit_values.get(target.limit, {})
     if target.measure == "cpu":
         rows = [row for row in table.rows if row.comparable and row.cpu and row.peer.name.startswith(target.peers)]
         best = min(rows, key=lambda row: row.cpu or 0.0, default=None)
     else:
         best = table.best(names=target.peers)
-    return (best.peer.name, _values(best, target)) if best is not None else ("no such peer here", [])
+    return (best.peer.name, _values(best, target)) if best is not None else ("no such peer here", {})

@@ -35,7 +35,11 @@ OURS = Peer("upipe.put", "x:Y", own=True)
 
 
 def table(case: cases.Case, *rows: tuple[Peer, Sequence[Outcome]]) -> stats.Table:
-    return stats.Table(case, [stats.Row(peer, list(outcomes)) for peer, outcomes in rows])
+    return stats.Table(case, [stats.Row(peer, in_rounds(outcomes)) for peer, outcomes in rows])
+
+
+def in_rounds(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    return [replace(one, round=number) for number, one in enumerate(outcomes)]
 
 
 def ok(value: float, lost: int = 0) -> Outcome:
@@ -187,11 +191,18 @@ def test_a_limit_is_compared_with_what_was_measured_beside_it() -> None:
     found = next(one for one in targets.judge([shown]) if one.what.endswith("sync"))
     assert (found.reached, found.verdict) == ("1.5", "missed")
     shown.limit_values = {"futex-one": {0: 5.0, 2: 5.0, 3: 10.0}}  # rounds that lack one or the other are no pairs
-    shown.rows[0].outcomes[:] = [Outcome(error="failed"), ok(12), ok(6), ok(12)]
+    shown.rows[0].outcomes[:] = in_rounds([Outcome(error="failed"), ok(12), ok(6), ok(12)])
     found = next(one for one in targets.judge([shown]) if one.what.endswith("sync"))
     assert (found.reached, found.verdict) == ("1.2", "unclear: 2 of 3 runs (met)")
     shown.limit_values = {}
     assert {one.verdict for one in targets.judge([shown])} == {"not measured"}
+
+
+def test_a_peer_is_compared_with_what_was_measured_in_the_same_round() -> None:
+    slow_minutes = judged([ok(400), ok(40), ok(40)], [ok(100), ok(10), ok(10)])
+    assert (slow_minutes.reached, slow_minutes.verdict) == ("4", "met")
+    lacking = judged([ok(400), ok(40), Outcome(error="failed"), ok(40)], [ok(100), ok(10), ok(1)])
+    assert (lacking.reached, lacking.verdict) == ("4", "unclear: 2 of 3 runs (met)")
 
 
 def test_no_verdict_on_few_or_scattered_runs() -> None:
@@ -225,6 +236,22 @@ def test_rounds_are_interleaved_and_everything_runs_once() -> None:
     asked.clear()
     schedule.run(some, ["mp"], True, 0.0, pretend)
     assert len(set(asked)) == len(asked), "out of time: one round, and it is whole"
+
+
+def test_rounds_between_take_what_the_targets_are_about_and_nothing_else() -> None:
+    between = {
+        (case.name, job.name) for job in schedule.jobs(cases.CASES, [], False) if job.round == 1 for case in job.cases
+    }
+    for target in targets.TARGETS:
+        assert (target.case, target.row) in between
+        assert not target.limit or (target.case, "limits") in between
+    opponents = {"ray.channel", "ray.channel16", "iceoryx2.poll", "iceoryx2.wait"}
+    own = {"upipe.view", "upipe.view~"}
+    assert {name for case, name in between if case == "frames-1m-view"} == opponents | own
+    assert {name for case, name in between if case == "rtt"} == {"upipe.put", "iceoryx2.poll"}
+    assert ("small", "pyzmq.ipc") in between and ("mpmc", "faster-fifo") in between
+    assert not {case for case, _ in between} & {"fanout", "chain", "across", "payload-0", "frames-1m-copy-2"}
+    assert not {name for _, name in between} & {"dora", "ray.call", "socket.unix", "asyncio.unix"}
 
 
 def _measure(adapter: str, work: Work, timeout: float = 60, **more: Any) -> Outcome:
@@ -309,12 +336,15 @@ def test_the_limits_of_a_case_are_measured_in_every_round_next_to_our_own_rows()
 
     case = _case("rtt-asleep-one")
     (found,) = schedule.run([case], ["upipe.put", "mp.Pipe"], False, 1e9, pretend, limit)
-    there = ["limits", "upipe.put", "upipe.put~", "mp.Pipe", "mp.Pipe.duplex"]
-    assert names == [*there, *there[::-1], *there, *there[::-1], *there]
-    assert found.limit_values == {"futex-one": dict(enumerate((1.0, 10.0, 11.0, 20.0, 21.0)))} and found.limits == {
-        "futex-one": 11.0
-    }
-    assert "limit: futex-one, C" in _text(found) and "1–21" in _text(found)
+    there, judged = ["limits", "upipe.put", "upipe.put~", "mp.Pipe", "mp.Pipe.duplex"], ["limits", "upipe.put"]
+    back, judged_back = there[::-1], judged[::-1]
+    between = [*judged_back, *judged, *back, *judged, *judged_back]
+    assert names == [*there, *between, *there, *judged_back, *judged]
+    at = [number + 1.0 for number, name in enumerate(names) if name == "limits"]
+    assert found.limit_values == {"futex-one": dict(enumerate(at))} and found.limits == {"futex-one": at[4]}
+    assert [one.round for one in found.rows[0].outcomes] == list(range(9)), "what the target is about"
+    assert [one.round for one in found.rows[-1].outcomes] == [0, 3, 6], "the others"
+    assert "limit: futex-one, C" in _text(found) and f"1–{at[-1]:g}" in _text(found)
     names.clear()
     (found,) = schedule.run([SMALL], ["mp.Pipe"], True, 0.0, pretend, limit)
     assert names[0] == "limits" and found.limit_values == {"ring": {0: 1.0}}
