@@ -104,6 +104,17 @@ def test_get_many_stops_before_a_corrupt_frame_of_a_batch_and_loses_none(queue, 
     assert (stats.finished, stats.dead, stats.corrupt, stats.in_flight) == (8, 2, 2, 0)
 
 
+def test_an_array_whose_packed_dims_have_stray_bits_is_refused_though_nothing_checks_its_crc(queue, memory):
+    q = queue(check_crc=False)
+    q.put(np.arange(6).reshape(2, 3))  # two dims of 31 bits: the two highest of the 64 belong to none
+    q.put(7)
+    memory(q).flip(0, 8 * 56 + 62)
+    with pytest.raises(FrameError, match="packed dims"):
+        q.get()
+    assert q.get() == 7
+    assert in_flight(q) == 0
+
+
 def test_get_many_of_arrays_ends_where_the_type_changes_and_loses_nothing(queue):
     q = queue()
     q.put_many([1, 2, 3.5, "s", 4])
