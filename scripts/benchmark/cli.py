@@ -54,7 +54,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="upipe-bench-") as folder:
         measure_limits = limits.Limits(Path(folder), quick)
         seconds = budget or (QUICK_BUDGET if quick else FULL_BUDGET)
-        tables = schedule.run(chosen, peers, quick, seconds, limits=measure_limits)
+        tables = schedule.run(chosen, peers, quick, seconds, limits=measure_limits, command=measure_limits.command)
     verdicts = targets.judge(tables)
     console = Console(width=None if sys.stdout.isatty() else 150)
     render.show(tables, about, verdicts, console)

@@ -68,6 +68,12 @@ class Limits:
         found = {name: self._measure(name) for name in beside(case) if name in self._commands}
         return {name: value for name, value in found.items() if value is not None}
 
+    def command(self, case: Case, trips: int) -> tuple[str, ...]:
+        """The program that makes as many trips as the limit of a case, with its arguments; () if it cannot be built."""
+        name, how, pins, _, pause = self._commands[case.limit]
+        program = _built(self._folder, name) if shutil.which("gcc") is not None else None
+        return (str(program), how, pins, str(trips), pause) if program is not None else ()
+
     def _measure(self, name: str) -> float | None:
         cable = name.startswith("cable")
         if cable and hosts.why_not():
@@ -76,13 +82,23 @@ class Limits:
             return _run(self._folder, self._commands[name])
 
 
-def _run(folder: Path, command: list[str]) -> float | None:
-    program = folder / command[0]
+def _built(folder: Path, name: str) -> Path | None:
+    """The program, None when it does not compile."""
+    program = folder / name
+    sources = [f"-I{HEADERS}", str(NATIVE / f"{name}.c")]
     try:
         if not program.exists():
-            sources = [f"-I{HEADERS}", str(NATIVE / f"{command[0]}.c")]
-            build = ["gcc", "-O3", "-march=native", "-o", str(program), *sources]
-            subprocess.run(build, check=True, timeout=60)
+            subprocess.run(["gcc", "-O3", "-march=native", "-o", str(program), *sources], check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return program
+
+
+def _run(folder: Path, command: list[str]) -> float | None:
+    program = _built(folder, command[0])
+    if program is None:
+        return None
+    try:
         done = subprocess.run([str(program), *command[1:]], check=True, timeout=20, capture_output=True, text=True)
         return float(done.stdout.split()[0])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):

@@ -43,6 +43,10 @@ class Work:
     """The producer is on one host, the consumer on another (hosts.py)."""
     count: int = 1
     """How many queues, workers or stages there are, for the cases about growth."""
+    beside: tuple[str, ...] = ()
+    """A program that measures the physical limit of these round trips, and its arguments. It takes turns with them."""
+    turn: int = 0
+    """Round trips between two of its runs."""
 
     @property
     def slots(self) -> int:
@@ -59,7 +63,7 @@ class Work:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        return cls(**{**data, "shape": tuple(data["shape"])})
+        return cls(**{**data, "shape": tuple(data["shape"]), "beside": tuple(data["beside"])})
 
 
 @dataclass
@@ -80,6 +84,8 @@ class Outcome:
     """Other numbers of the same measurement: p99, p99.9, ..."""
     error: str = ""
     """Why there is no value; a first word "absent" means: not installed here."""
+    beside: float = 0.0
+    """The physical limit, measured in turns with it (`Work.beside`), in the unit of the case. 0: not measured so."""
     round: int = 0
     """Of the run; what was measured in the same one was measured within few minutes."""
 

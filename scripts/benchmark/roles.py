@@ -7,11 +7,13 @@ import gc
 import multiprocessing
 import os
 import resource
+import subprocess
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from multiprocessing.connection import Connection, wait
+from statistics import median
 from typing import Any, Protocol, Self
 
 from benchmark import hosts
@@ -144,10 +146,42 @@ def _collect(pipes: list[Connection]) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------- round trips
 
 
+class Turns:
+    """Round trips in turns with the program that measures their limit: a host with neighbours goes from fast to slow
+    within a second, and what it does to a sleeper it does to both then."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._values: list[float] = []
+
+    def before(self, number: int) -> None:
+        """Called before each trip. The other end sleeps while the program runs."""
+        if not self._work.turn or number % self._work.turn:
+            return
+        cpus = os.sched_getaffinity(0)
+        unpin()  # the program inherits it, and chooses its CPUs itself
+        try:
+            done = subprocess.run(self._work.beside, check=True, timeout=20, capture_output=True, text=True)
+        finally:
+            os.sched_setaffinity(0, cpus)
+        self._values.append(float(done.stdout.split()[0]))
+
+    def kept(self, times: list[int]) -> list[int]:
+        """Without the first tenth of each turn, which the program leaves out, too: these warm up."""
+        turn, warm = self._work.turn, self._work.warm
+        return [one for at, one in enumerate(times, warm) if at % turn >= turn // 10] if turn else times
+
+    def result(self, times: list[int], bad: int) -> dict[str, Any]:
+        beside = median(self._values) if self._values else 0.0
+        times = times[self._work.warm :]
+        return {"times": self.kept(times), "arrived": len(times), "bad": bad, "beside": beside}
+
+
 def ping(put: Callable[[int], Any], get: Callable[[], int], work: Work) -> dict[str, Any]:
     """Times of n round trips, in ns."""
-    times, bad, clock, pause = [], 0, time.perf_counter_ns, work.pause
+    times, bad, clock, pause, turns = [], 0, time.perf_counter_ns, work.pause, Turns(work)
     for number in range(work.warm + work.n):
+        turns.before(number)
         if pause:
             time.sleep(pause)
         before = clock()
@@ -155,13 +189,14 @@ def ping(put: Callable[[int], Any], get: Callable[[], int], work: Work) -> dict[
         value = get()
         times.append(clock() - before)
         bad += value != number
-    return {"times": times[work.warm :], "bad": bad}
+    return turns.result(times, bad)
 
 
 async def aping(put: Callable[[int], Awaitable[Any]], get: Callable[[], Awaitable[int]], work: Work) -> dict[str, Any]:
     """ping, awaited."""
-    times, bad, clock, pause = [], 0, time.perf_counter_ns, work.pause
+    times, bad, clock, pause, turns = [], 0, time.perf_counter_ns, work.pause, Turns(work)
     for number in range(work.warm + work.n):
+        turns.before(number)
         if pause:
             await asyncio.sleep(pause)
         before = clock()
@@ -169,7 +204,7 @@ async def aping(put: Callable[[int], Awaitable[Any]], get: Callable[[], Awaitabl
         value = await get()
         times.append(clock() - before)
         bad += value != number
-    return {"times": times[work.warm :], "bad": bad}
+    return turns.result(times, bad)
 
 
 def echo(get: Callable[[], int], put: Callable[[int], Any], work: Work) -> None:
@@ -185,4 +220,5 @@ def percentiles(found: dict[str, Any], work: Work) -> Outcome:
         for name, share in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999))
     }
     total = work.n + work.warm
-    return Outcome(at["p50"], total, len(found["times"]) + work.warm, found["bad"], found.get("cpu", 0.0), at)
+    arrived, cpu = found["arrived"] + work.warm, found.get("cpu", 0.0)
+    return Outcome(at["p50"], total, arrived, found["bad"], cpu, at, beside=found["beside"])

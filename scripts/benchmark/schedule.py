@@ -5,17 +5,20 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmark.cases import Case
 from benchmark.model import Outcome, Work
 from benchmark.peers import Peer
 from benchmark.run import measure
 from benchmark.stats import Row, Table
-from benchmark.targets import judged
+from benchmark.targets import in_turns, judged
 
 Measure = Callable[[Peer, Sequence[Work], float], list[Outcome]]
 MeasureLimits = Callable[[Case], dict[str, float]]
+Command = Callable[[Case, int], tuple[str, ...]]
+TURN = 150
+"""Round trips after which the program that measures their limit does as many: a sixth of a second for each."""
 GRACE = 15.0
 """Seconds that the first round may take longer than the budget; what it has not begun then is shown as not run."""
 SLACK = 12.0
@@ -96,6 +99,7 @@ def run(
     budget: float,
     do: Measure = measure,
     limits: MeasureLimits = lambda case: {},
+    command: Command = lambda case, trips: (),
 ) -> list[Table]:
     """Run everything. After `budget` seconds no further measurement is begun."""
     tables = {
@@ -112,7 +116,7 @@ def run(
                 tables[job.cases[0].name].limit_values.setdefault(name, {})[job.round] = value
             continue
         seconds = [case.seconds[0 if quick else 1] for case in job.cases]
-        works = [case.work(job.peer, one) for case, one in zip(job.cases, seconds, strict=True)]
+        works = [_work(case, job.peer, one, command) for case, one in zip(job.cases, seconds, strict=True)]
         outcomes = do(job.peer, works, job.peer.heavy + 4 * sum(seconds) + SLACK)
         for case, outcome in zip(job.cases, outcomes, strict=True):
             row = tables[case.name].row(job.peer.name)
@@ -121,6 +125,12 @@ def run(
             row.outcomes.append(outcome)
     _progress(None, started)
     return [_supported(table, quick) for table in tables.values()]
+
+
+def _work(case: Case, peer: Peer, seconds: float, command: Command) -> Work:
+    work = case.work(peer, seconds)
+    beside = command(case, TURN) if in_turns(case, peer) else ()
+    return replace(work, beside=beside, turn=TURN) if beside else work
 
 
 def _supported(table: Table, quick: bool) -> Table:

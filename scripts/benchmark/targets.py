@@ -112,6 +112,11 @@ def judged(case: Case, peer: Peer | None) -> bool:
     )
 
 
+def in_turns(case: Case, peer: Peer) -> bool:
+    """Is a target about that row against the physical limit? Then both are measured in turns (`Work.beside`)."""
+    return any(target.limit and (target.case, target.row) == (case.name, peer.name) for target in TARGETS)
+
+
 def judge(tables: Sequence[Table]) -> list[Verdict]:
     """All targets whose case was run."""
     known = {table.case.name: table for table in tables}
@@ -122,7 +127,7 @@ def _judge(target: Target, table: Table) -> Verdict:
     row = table.row(target.row)
     mine = _values(row, target) if row is not None and not row.lost and not row.bad else {}
     sign = "≤" if target.most else "≥"
-    against, theirs = ("", dict.fromkeys(mine, 1.0)) if target.absolute else _against(target, table)
+    against, theirs = ("", dict.fromkeys(mine, 1.0)) if target.absolute else _against(target, table, row)
     wanted = f"{sign} {target.factor:g} {target.absolute or '×'}"
     # Round by round, so that a slow minute is in both.
     ratios = [value / theirs[number] for number, value in mine.items() if theirs.get(number)]
@@ -151,9 +156,10 @@ def _values(row: Row, target: Target) -> dict[int, float]:
     return {one.round: one.cpu for one in row.good if one.cpu}
 
 
-def _against(target: Target, table: Table) -> tuple[str, dict[int, float]]:
+def _against(target: Target, table: Table, row: Row | None) -> tuple[str, dict[int, float]]:
     if target.limit:
-        return f"C {target.limit}", table.limit_values.get(target.limit, {})
+        turns = {one.round: one.beside for one in row.good if one.beside} if row is not None else {}
+        return f"C {target.limit}", turns or table.limit_values.get(target.limit, {})
     if target.measure == "cpu":
         rows = [row for row in table.rows if row.comparable and row.cpu and row.peer.name.startswith(target.peers)]
         best = min(rows, key=lambda row: row.cpu or 0.0, default=None)

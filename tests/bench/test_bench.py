@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from benchmark import cases, chart, limits, processes, regress, render, run, schedule, stats, targets  # noqa: E402
+from benchmark import cases, chart, limits, processes, regress, render, roles, run, schedule, stats, targets  # noqa: E402
 from benchmark.model import Outcome, Work  # noqa: E402
 from benchmark.peers import PEERS, Peer, find  # noqa: E402
 from benchmark.tally import Source, Tally  # noqa: E402
@@ -357,6 +357,49 @@ def test_limits_are_measured(tmp_path: Path) -> None:
     assert set(found) == {"futex-one", "futex-busy-one"}
     assert all(0.5 < value < 1e6 for value in found.values())
     assert measure(_case("chain")) == {}
+    program, *arguments = measure.command(_case("rtt-asleep-two"), 20)
+    assert Path(program).exists() and arguments == ["futex", "two", "20", "1000"]
+
+
+def test_what_is_judged_by_a_limit_takes_turns_with_it_and_is_compared_to_those() -> None:
+    case, asked = _case("rtt-asleep-one"), []
+
+    def pretend(peer: Peer, works: Sequence[Work], timeout: float) -> list[Outcome]:
+        asked.append((peer.name, works[0].beside, works[0].turn))
+        return [Outcome(11.0, 1, 1, beside=10.0)] if works[0].turn else [ok(11.0)]
+
+    def command(case: cases.Case, trips: int) -> tuple[str, ...]:
+        return (case.limit, str(trips))
+
+    tables = schedule.run(
+        [case], ["upipe.put", "mp.Pipe"], False, 1e9, pretend, lambda case: {case.limit: 1.0}, command
+    )
+    assert set(asked) == {
+        ("upipe.put", ("futex-one", "150"), 150),
+        *((name, (), 0) for name in ("upipe.put~", "mp.Pipe", "mp.Pipe.duplex")),
+    }
+    (verdict,) = (one for one in targets.judge(tables) if one.what.endswith("one, sync"))
+    assert (verdict.reached, verdict.against, verdict.verdict) == ("1.1", "C futex-one", "met")
+
+
+def test_round_trips_in_turns_lose_the_first_tenth_of_each_turn_and_count_every_trip(tmp_path: Path) -> None:
+    program = tmp_path / "limit"
+    program.write_text("#!/bin/sh\necho 5.5 9 9\n")
+    program.chmod(0o755)
+    work = Work("x", "rtt", n=40, warm=10, beside=(str(program),), turn=20)
+    values: list[int] = []
+    before = os.sched_getaffinity(0)
+    try:
+        found = roles.ping(values.append, lambda: values[-1], work)
+        cpus = os.sched_getaffinity(0)
+    finally:
+        os.sched_setaffinity(0, before)
+    assert cpus == before
+    assert values == list(range(50)) and len(found["times"]) == 36, "trips 20, 21, 40 and 41 are the first of a turn"
+    outcome = roles.percentiles(found, work)
+    assert outcome.beside == 5.5 and outcome.clean and outcome.expected == 50
+    plain = roles.percentiles(roles.ping(values.append, lambda: values[-1], Work("x", "rtt", n=40, warm=10)), work)
+    assert plain.beside == 0.0 and plain.clean
 
 
 @pytest.mark.slow

@@ -11,11 +11,12 @@ import re
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 
-from upipe.memq import layout
+from upipe.memq import _ring, layout
 
 HERE = Path(__file__).parent
 MEMQ = HERE.parents[1] / "upipe" / "memq"
@@ -89,6 +90,24 @@ def crash_points() -> list[str]:
 def test_layout_header_is_generated():
     printed = subprocess.run([sys.executable, "-m", "upipe.memq.layout"], capture_output=True, text=True, check=True)
     assert printed.stdout == (MEMQ / "_layout.h").read_text() == layout.c_header()
+
+
+def test_the_functions_of_a_trip_lie_side_by_side_in_the_extension():
+    """All that _trip.ld names was there to be put in order; a small function may be inlined, and gone, instead."""
+    if shutil.which("nm") is None:
+        missing("no nm")
+    done = subprocess.run(["nm", "-f", "sysv", _ring.__file__], check=True, capture_output=True, text=True)
+    rows = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines() if line.count("|") == 6]
+    sections = {row[0]: row[6] for row in rows if row[3] == "FUNC" and not row[0].endswith(".cold")}
+    if ".text.trip" not in sections.values():
+        missing("the extension was built with a linker that cannot order functions")
+    wanted = re.findall(r"\(\.text\.hot\.(\S+) \.text\.(\S+)\)", (MEMQ / "_trip.ld").read_text())
+    assert len(wanted) == 24
+    for hot, other in wanted:
+        assert hot == other
+        found = {name for name in sections if fnmatchcase(name, hot) or fnmatchcase(name, f"{hot}.*")}
+        assert found or hot.startswith("up_"), hot
+        assert {sections[name] for name in found} <= {".text.trip"}, hot
 
 
 @pytest.mark.parametrize("header", sorted(path.name for path in MEMQ.glob("_*.h")))

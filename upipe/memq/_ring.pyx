@@ -7,8 +7,8 @@ poll(2) on the own doorbell and, in a stand-alone queue, on pidfds of the other 
 set makes the sleep safe.
 
 `cdef inline` is on all that a small frame comes by, also past a sleep, and not on what raises: setup.py has such
-functions laid side by side. Who was asleep for a millisecond finds caches and TLB empty, and then each line and page of
-code costs what it takes to fetch it, which is more than to run it.
+functions laid side by side, and _trip.ld those of every trip in their order. Who was asleep for a millisecond finds
+caches and TLB empty, and then each line and page of code costs what it takes to fetch it, which is more than to run it.
 """
 
 import errno as _errno
