@@ -9,6 +9,7 @@ import struct
 import sys
 from collections.abc import Callable
 from functools import cache, lru_cache
+from types import CodeType
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -98,24 +99,46 @@ def dumps(value: object) -> bytes:
 def _by_value(value: object, buffer_callback: Callable[[pickle.PickleBuffer], bool] | None) -> bytes:
     """By cloudpickle: lambdas, local functions, and whatever the main program defines, which is not importable
     where the frame is read."""
+    return _cloudpickled(_picklers()[1], value, buffer_callback)
+
+
+def _cloudpickled(
+    pickler: Any, value: object, buffer_callback: Callable[[pickle.PickleBuffer], bool] | None = None
+) -> bytes:
     out = io.BytesIO()
-    _main_pickler()(out, protocol=5, buffer_callback=buffer_callback).dump(value)
+    pickler(out, protocol=5, buffer_callback=buffer_callback).dump(value)
     return out.getvalue()
 
 
 @cache
-def _main_pickler() -> Any:
+def _picklers() -> tuple[Any, Any]:
+    """For a class of the main program itself, and for all else."""
     import cloudpickle  # only here: a worker that never pickles code does without
 
-    class MainPickler(cloudpickle.Pickler):  # type: ignore[misc]
-        """cloudpickle, except for classes of the main program: by reference where the reader runs the same program
+    class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
+        """cloudpickle, and code keeps the name of its file, so that a remote traceback shows the line that raised
+        (cloudpickle itself forgets it from 3.1.3 on)."""
+
+        def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, CodeType):
+                _, fields = self.dispatch_table[CodeType](obj)
+                return _code, (obj.co_filename, *fields)
+            return super().reducer_override(obj)
+
+    class MainPickler(CodePickler):
+        """The same, except for classes of the main program: by reference where the reader runs the same program
         (a fork), so that isinstance() and == hold there, and by value elsewhere."""
 
         def reducer_override(self, obj: Any) -> Any:
             origin = _origin(obj) if isinstance(obj, type) and obj.__module__ in _MAINS else None
             return super().reducer_override(obj) if origin is None else (_adopt, origin)
 
-    return MainPickler
+    return CodePickler, MainPickler
+
+
+def _code(filename: str, *fields: Any) -> CodeType:
+    """Named inside pickles: code as cloudpickle takes it apart, from the file it was written in."""
+    return CodeType(*fields).replace(co_filename=filename)
 
 
 # class -> (program that defines it, its qualname, the class by value): of our main program, or of another's
@@ -126,9 +149,7 @@ def _origin(cls: type[Any]) -> tuple[str, str, bytes] | None:
     """None: a class that no main program has under its name. A class is pickled once; later changes are not sent."""
     origin = _origins.get(cls)
     if origin is None and _in_main(cls.__qualname__) is cls:
-        import cloudpickle
-
-        origin = _origins[cls] = (_program(), cls.__qualname__, cloudpickle.dumps(cls, protocol=5))
+        origin = _origins[cls] = (_program(), cls.__qualname__, _cloudpickled(_picklers()[0], cls))
     return origin
 
 
